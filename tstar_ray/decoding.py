@@ -1,0 +1,74 @@
+"""How a rollout decodes: one small value that travels with every request batch and beside every score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Strategy = Literal["dynamic", "static", "sequential", "entropy"]
+ConfidenceSource = Literal["raw", "sampled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Decoding settings of one batch of requests (algorithm reference 2.3)."""
+
+    block_size: int
+    """B, positions denoised together."""
+    max_new_tokens: int
+    """Cap on completion tokens; aligned down to the grid."""
+    stop_ids: tuple[int, ...]
+    """Any of these ends the completion once its block is finished."""
+    strategy: Strategy = "dynamic"
+    """``static``: a fixed number a step, the most confident first; ``dynamic``: all above the threshold, at
+    least the static number; ``sequential``: the static number, left to right; ``entropy``: the most certain
+    ones while their summed entropy stays under the bound, at least one."""
+    denoising_steps: int | None = None
+    """Steps a block may take under a static quota of B / steps tokens each; None means B (at least 1 a step)."""
+    threshold: float = 0.9
+    """Dynamic: reveal where the confidence is strictly above this."""
+    entropy_bound: float = 0.35
+    """Entropy: bound on the summed entropy (nats) of what one step reveals."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample within the smallest set of tokens that holds this probability."""
+    confidence: ConfidenceSource = "raw"
+    """Confidence of a sampled token: its probability under the plain softmax at temperature 1 (``raw``), or
+    under the tempered and truncated distribution it was drawn from (``sampled``)."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("strategy", get_args(Strategy)), ("confidence", get_args(ConfidenceSource))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size}; must be at least 1")
+        if not 1 <= self.steps <= self.block_size:
+            raise ValueError(f"denoising_steps={self.denoising_steps}; must lie in 1..block_size={self.block_size}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), top_p={self.top_p} (in (0, 1])"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps a block may take."""
+        return self.block_size if self.denoising_steps is None else self.denoising_steps
+
+    def quota(self, step: int) -> int:
+        """Tokens that step ``step`` (0-based in its block) reveals at least: B // steps, the rest to the first."""
+        base, extra = divmod(self.block_size, self.steps)
+        return base + (step < extra)
+
+    def describe(self) -> str:
+        """One line to print next to a score."""
+        rule = {
+            "dynamic": f"dynamic > {self.threshold:g}",
+            "static": f"static {self.steps} steps",
+            "sequential": f"sequential {self.steps} steps",
+            "entropy": f"entropy <= {self.entropy_bound:g}",
+        }[self.strategy]
+        sampling = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        return f"B={self.block_size}, {rule}, {sampling}, at most {self.max_new_tokens} new tokens"

@@ -1,0 +1,260 @@
+"""Hugging Face checkpoints as block-diffusion models, without remote code.
+
+A block-diffusion model is an ordinary decoder whose attention is told, for every token, what it may see. The
+transformers model keeps its weights, projections, rotary embedding and MLP; only its attention function is
+replaced by `block_attention`, which hands query, key and value to the `Layout` of the call: packed training
+rows (`TrainLayout`, here) or an engine's cache. There is no implicit mask: a call without a layout fails, so
+neither a causal mask nor eager attention with a boolean mask (silently wrong) can slip in.
+
+Logits at position i predict token i (no shift; SDAR, dLLM-RL#43). The mask token and the ids beyond the
+tokenizer get -inf, in sampling and in training alike (trap 25).
+
+Served: Qwen3 and Llama architectures, and ``model_type: sdar`` (JetLM/SDAR-*, Gen-Verse/TraDo-*), which is
+Qwen3 under another name. Saved checkpoints open with plain transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ARCHITECTURES = {
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "sdar": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+}
+_REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
+_MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>")
+
+
+class Layout(Protocol):
+    """Who attends to whom in one forward pass."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [R, H, N, D], key and value [R, Hkv, N, D] of this layer -> [R, N, H, D]."""
+
+
+def block_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function registered with transformers; everything is up to the layout."""
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+transformers.AttentionInterface.register("block_diffusion", block_attention)
+
+
+class TrainLayout:
+    """Packed rows under an explicit mask: SDPA with an additive bias built once for all layers."""
+
+    def __init__(self, visible: torch.Tensor, dtype: torch.dtype) -> None:
+        """``visible`` bool [R, N, N], query by key; every query must see something."""
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        self.bias_R1NN = bias.masked_fill_(~visible, -torch.inf)[:, None]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias_R1NN, scale=scale)
+        return out.transpose(1, 2)
+
+
+class BlockDiffusionLM(nn.Module):
+    """A transformers causal-LM module run as a block-diffusion model."""
+
+    suppressed_V: torch.Tensor
+
+    def __init__(self, hf: PreTrainedModel, *, mask_id: int, token_limit: int) -> None:
+        """``token_limit``: ids from here on do not exist in the tokenizer and are never predicted."""
+        super().__init__()
+        vocabulary = hf.config.vocab_size
+        if not 0 <= mask_id < vocabulary:
+            raise ValueError(f"mask token id {mask_id} lies outside the model's vocabulary of {vocabulary}")
+        hf.config._attn_implementation = "block_diffusion"
+        self.hf = hf
+        self.mask_id = mask_id
+        suppressed = torch.arange(vocabulary) >= token_limit
+        suppressed[mask_id] = True
+        self.register_buffer("suppressed_V", suppressed, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.hf.parameters()).dtype
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """ids and positions [R, N] -> final hidden states [R, N, hidden]."""
+        out = self.hf.model(
+            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout
+        )
+        return out.last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [M, hidden] -> fp32 logits [M, V], undefined ids at -inf."""
+        return self.hf.lm_head(hidden).float().masked_fill(self.suppressed_V, -torch.inf)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        layout: Layout,
+        index: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        chunk: int = 4096,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of ``targets`` [M] at flat indices ``index`` [M] into [R * N], and entropies; both [M].
+
+        The LM head runs at the targets only, ``chunk`` of them at a time and recomputed in the backward
+        pass, so that a large vocabulary never holds more than one chunk of logits.
+        """
+        hidden = self.hidden(ids, positions, layout).flatten(0, 1).index_select(0, index)
+        if len(index) <= chunk:
+            return self._score(hidden, targets, temperature)
+        parts = [
+            checkpoint(self._score, h, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk))
+        ]
+        logprobs, entropies = zip(*parts)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _score(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
+        entropy = torch.special.entr(logprobs.detach().exp()).sum(dim=-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A block-diffusion model with what is needed to use it."""
+
+    model: BlockDiffusionLM
+    """In evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    """The checkpoint's own."""
+    stop_ids: tuple[int, ...]
+    """Every end-of-text id that tokenizer, config and generation config name."""
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that plain transformers opens, with ``mask_token_id`` in its config."""
+        config = self.model.hf.config
+        config.mask_token_id = self.model.mask_id
+        self.model.hf.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """Load a local folder or hub name. Raises ValueError naming the path, what is wrong, and the remedy."""
+    path = str(path)
+    config_dict, model_class, config = _read_config(path)
+    tokenizer = _read_tokenizer(path)
+    mask_id = _find_mask_id(path, mask_token_id, config_dict, tokenizer)
+    try:
+        hf, info = model_class.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="block_diffusion",
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"model {path}: its weights cannot be read: {error}") from error
+    problems = [f"missing {k}" for k in info["missing_keys"]] + [f"undefined {k}" for k in info["unexpected_keys"]]
+    if problems:
+        raise ValueError(f"model {path}: weights do not fit its config.json: {', '.join(sorted(problems)[:5])}")
+    for name, parameter in hf.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"model {path}: {name} holds values that are not finite; the file is damaged")
+    model = BlockDiffusionLM(hf, mask_id=mask_id, token_limit=len(tokenizer)).to(device).eval()
+    return Checkpoint(model=model, tokenizer=tokenizer, stop_ids=_stop_ids(path, config_dict, tokenizer))
+
+
+def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
+    try:
+        config_dict, _ = transformers.PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {path!r}: no readable config.json there, and no such hub model: {error}") from error
+    model_type = config_dict.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model {path}: model_type {model_type!r} is not served; known are {', '.join(ARCHITECTURES)}"
+        )
+    if config_dict.get("use_sliding_window"):
+        raise ValueError(f"model {path}: sliding-window attention cannot be combined with a block mask")
+    config_class, model_class = ARCHITECTURES[model_type]
+    config = config_class(**{k: v for k, v in config_dict.items() if k not in _REMOTE_CODE_KEYS})
+    return config_dict, model_class, config
+
+
+def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {path}: its tokenizer cannot be read: {error}") from error
+
+
+def _find_mask_id(
+    path: str, given: int | None, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> int:
+    if given is not None:
+        return given
+    if config.get("mask_token_id") is not None:
+        return int(config["mask_token_id"])
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    vocabulary = tokenizer.get_vocab()
+    for token in _MASK_TOKENS:
+        if token in vocabulary:
+            return vocabulary[token]
+    raise ValueError(
+        f"model {path}: no mask token in its config or tokenizer; set model.mask_token_id, or adapt an "
+        "autoregressive checkpoint to block diffusion first"
+    )
+
+
+def _stop_ids(path: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    try:
+        generation = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        generation = None
+    found: set[int] = set()
+    for ids in (generation, config.get("eos_token_id"), tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    if not found:
+        raise ValueError(f"model {path}: no end-of-text token in tokenizer, config or generation config")
+    return tuple(sorted(found))

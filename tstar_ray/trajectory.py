@@ -1,0 +1,215 @@
+"""Trajectories: what a rollout hands to rewards and to the learner, and how it is kept on disk.
+
+    Request ──engine──► Trajectory ──reward──► Sample ──┐
+                                     Sample ──┼──► Group ──► learner, Parquet
+                                     Sample ──┘
+
+Token ids go end to end: text exists only for the verifier and for people. A trajectory holds the whole
+terminal block, because tokens after the stop were visible when those before it were revealed, so that the
+learner can replay every conditional exactly (algorithm reference, traps 13 and 14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tstar_ray.blocks import check_step_map
+from tstar_ray.problems import Problem
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion asked of an engine."""
+
+    group_id: int
+    """The dispatched group it belongs to; unique in a run."""
+    sample: int
+    """Index inside the group; a replacement gets a new one."""
+    prompt_ids: tuple[int, ...]
+    """[P] prompt token ids, chat template applied."""
+    seed: int
+    """Seed of this sample's own random stream; two samples of one prompt have different ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One decoded completion with its decoding trace. P prompt tokens, T tokens in all, C completion tokens."""
+
+    group_id: int
+    """From the request."""
+    sample: int
+    """From the request."""
+    token_ids: NDArray[np.int32]
+    """[T] prompt, completion, and what else the terminal block holds; T is a multiple of ``block_size``."""
+    prompt_len: int
+    """P."""
+    completion_len: int
+    """C: tokens up to and including the stop token; at most T - P."""
+    step_map: NDArray[np.int32]
+    """[T - P] the 1-based global denoising step that revealed each token."""
+    logprobs: NDArray[np.float32]
+    """[T - P] log-prob (nats) of each token when it was revealed, under the untruncated softmax at
+    ``temperature`` (at 1 where decoding was greedy)."""
+    block_size: int
+    """B the rollout ran with."""
+    temperature: float
+    """Sampling temperature; 0 is greedy."""
+    weight_versions: NDArray[np.int64]
+    """[decoded blocks] version of the weights that decoded each block."""
+    stop_reason: str
+    """``stop`` (a stop token) or ``length`` (the cap)."""
+
+    @property
+    def denoising_steps(self) -> int:
+        """Forward passes that revealed tokens."""
+        return int(self.step_map.max())
+
+    @property
+    def blocks(self) -> int:
+        """Decoded blocks; a decoder with separate commits spends one more forward on each."""
+        return (len(self.token_ids) - self.prompt_len // self.block_size * self.block_size) // self.block_size
+
+    @property
+    def completion_ids(self) -> NDArray[np.int32]:
+        """[C] tokens of the answer, the stop token included."""
+        return self.token_ids[self.prompt_len : self.prompt_len + self.completion_len]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that decoded any of its blocks."""
+        return int(self.weight_versions.min())
+
+    def validate(self) -> Trajectory:
+        """Return itself, or raise ValueError naming what is broken."""
+        total, prompt = len(self.token_ids), self.prompt_len
+        if total % self.block_size:
+            raise ValueError(f"{total} tokens do not end on the grid of block size {self.block_size}")
+        if not 0 < self.completion_len <= total - prompt:
+            raise ValueError(f"completion of {self.completion_len} tokens, {total - prompt} decoded")
+        for name in ("step_map", "logprobs"):
+            if len(getattr(self, name)) != total - prompt:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {total - prompt} tokens")
+        if len(self.weight_versions) != self.blocks:
+            raise ValueError(f"{len(self.weight_versions)} weight versions for {self.blocks} blocks")
+        if not np.isfinite(self.logprobs).all():
+            raise ValueError("a log-prob is not finite")
+        check_step_map(self.step_map, prompt, self.block_size)
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """A trajectory with its verdict."""
+
+    trajectory: Trajectory
+    text: str
+    """The decoded completion, without the stop token."""
+    verdict: str
+    """How verification ended; see ``reward.grading.Verdict``."""
+    reward: float
+    """What the answer earned; samples without a reward never get here."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The samples of one problem; advantages are relative to them."""
+
+    group_id: int
+    """Unique in a run."""
+    problem: Problem
+    """What was asked."""
+    samples: tuple[Sample, ...]
+    """G samples, all with a reward, all of one block size."""
+
+    @property
+    def rewards(self) -> NDArray[np.float64]:
+        """[G]."""
+        return np.asarray([sample.reward for sample in self.samples], dtype=np.float64)
+
+
+def tokens_per_forward(trajectories: Iterable[Trajectory], *, commits: bool) -> float:
+    """TPF: completion tokens / forward passes over all trajectories; with ``commits``, one more pass a block."""
+    tokens = forwards = 0
+    for trajectory in trajectories:
+        tokens += trajectory.completion_len
+        forwards += trajectory.denoising_steps + (trajectory.blocks if commits else 0)
+    return tokens / forwards if forwards else 0.0
+
+
+_TRAJECTORY_TYPES: dict[str, pa.DataType] = {
+    "group_id": pa.int64(),
+    "sample": pa.int32(),
+    "token_ids": pa.list_(pa.int32()),
+    "prompt_len": pa.int32(),
+    "completion_len": pa.int32(),
+    "step_map": pa.list_(pa.int32()),
+    "logprobs": pa.list_(pa.float32()),
+    "block_size": pa.int32(),
+    "temperature": pa.float32(),
+    "weight_versions": pa.list_(pa.int64()),
+    "stop_reason": pa.string(),
+}
+_SAMPLE_TYPES: dict[str, pa.DataType] = {"text": pa.string(), "verdict": pa.string(), "reward": pa.float32()}
+_PROBLEM_TYPES: dict[str, pa.DataType] = {
+    "problem_id": pa.string(),
+    "question": pa.string(),
+    "answer": pa.string(),
+}
+SCHEMA = pa.schema(
+    [*(_TRAJECTORY_TYPES | _SAMPLE_TYPES | _PROBLEM_TYPES).items()],
+    metadata={"tstar_ray.schema": str(SCHEMA_VERSION)},
+)
+"""One row a sample."""
+
+
+def groups_to_table(groups: Sequence[Group]) -> pa.Table:
+    """One row a sample, in order."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for group in groups:
+        for sample in group.samples:
+            for name in _TRAJECTORY_TYPES:
+                columns[name].append(getattr(sample.trajectory, name))
+            for name in _SAMPLE_TYPES:
+                columns[name].append(getattr(sample, name))
+            columns["problem_id"].append(group.problem.id)
+            columns["question"].append(group.problem.question)
+            columns["answer"].append(group.problem.answer)
+    return pa.table(columns, schema=SCHEMA)
+
+
+def table_to_groups(table: pa.Table) -> list[Group]:
+    """The inverse of `groups_to_table`; rows of one group stand together."""
+    version = (table.schema.metadata or {}).get(b"tstar_ray.schema", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise ValueError(f"trajectories of schema {version}; this version reads schema {SCHEMA_VERSION}")
+    dtypes = {"token_ids": np.int32, "step_map": np.int32, "logprobs": np.float32, "weight_versions": np.int64}
+    groups: dict[int, Group] = {}
+    for row in table.to_pylist():
+        values = {f.name: row[f.name] for f in fields(Trajectory)}
+        values |= {name: np.asarray(values[name], dtype=dtype) for name, dtype in dtypes.items()}
+        sample = Sample(Trajectory(**values).validate(), row["text"], row["verdict"], row["reward"])
+        problem = Problem(row["problem_id"], row["question"], row["answer"])
+        group = groups.get(row["group_id"], Group(row["group_id"], problem, ()))
+        groups[row["group_id"]] = replace(group, samples=(*group.samples, sample))
+    return list(groups.values())
+
+
+def write_traces(path: Path, groups: Sequence[Group]) -> None:
+    """Write groups as Parquet (zstd), readable by any Parquet tool."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(groups_to_table(groups), path, compression="zstd")
+
+
+def read_traces(path: Path) -> list[Group]:
+    """Groups of one Parquet file written by `write_traces`."""
+    return table_to_groups(pq.read_table(path))
