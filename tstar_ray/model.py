@@ -26,11 +26,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tstar_ray.config import EMBEDDED
+
 ARCHITECTURES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "sdar": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
 }
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+"""The tiny model shipped with the package; `load_checkpoint("embedded")` opens it."""
 _REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>")
 
@@ -172,6 +176,16 @@ class Checkpoint:
         self.tokenizer.save_pretrained(folder)
 
 
+def pick_device(*, gpus: float, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a process that was given ``gpus``; ``dtype`` as in `config.ModelConfig`."""
+    device = torch.device("cuda" if gpus > 0 else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU was asked for, but this PyTorch sees none; install a CUDA build of torch 2.13.0")
+    if dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, dtype)
+
+
 def load_checkpoint(
     path: str | Path,
     *,
@@ -180,7 +194,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
     """Load a local folder or hub name. Raises ValueError naming the path, what is wrong, and the remedy."""
-    path = str(path)
+    path = _resolve(path)
     config_dict, model_class, config = _read_config(path)
     tokenizer = _read_tokenizer(path)
     mask_id = _find_mask_id(path, mask_token_id, config_dict, tokenizer)
@@ -202,6 +216,21 @@ def load_checkpoint(
             raise ValueError(f"model {path}: {name} holds values that are not finite; the file is damaged")
     model = BlockDiffusionLM(hf, mask_id=mask_id, token_limit=len(tokenizer)).to(device).eval()
     return Checkpoint(model=model, tokenizer=tokenizer, stop_ids=_stop_ids(path, config_dict, tokenizer))
+
+
+def inspect_checkpoint(
+    path: str | Path, *, mask_token_id: int | None = None
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """Tokenizer and stop ids without the weights: what a driver needs, and an early look at what may be wrong."""
+    path = _resolve(path)
+    config_dict, _, _ = _read_config(path)
+    tokenizer = _read_tokenizer(path)
+    _find_mask_id(path, mask_token_id, config_dict, tokenizer)
+    return tokenizer, _stop_ids(path, config_dict, tokenizer)
+
+
+def _resolve(path: str | Path) -> str:
+    return str(EMBEDDED_FOLDER if path == EMBEDDED else path)
 
 
 def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:

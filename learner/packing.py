@@ -1,0 +1,238 @@
+"""From trajectories to training tensors: ragged slice packing and explicit token weights.
+
+A trajectory of n slices becomes one sequence: a clean copy of everything before its last trained block, then
+its n noisy blocks, each of which sees the clean blocks before its own and itself (`blocks.train_visibility`)::
+
+    [ clean prompt and answer | block 2, step 1 | block 2, step 2 | block 3, step 1 | ... ]
+
+That is exactly the published scheme of one dense row per slice round (TraceRL, arXiv 2509.06949; algorithm
+reference 2.5), at a fraction of its tokens: blocks that are already finished are not repeated. Sequences share
+rows (first fit, longest first), rows share micro-batches.
+
+**Weights before packing.** Every normaliser is a weight per target token, computed over all samples of an
+optimizer step before they are cut up. The loss is the plain sum of weight x term, so packing, micro-batches
+and ranks cannot change it (invariant 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tstar_ray.blocks import build_slices
+from tstar_ray.trajectory import Trajectory
+
+Normaliser = Literal["token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlicedSample:
+    """One trajectory laid out for training; N tokens, M targets in step order."""
+
+    ids: NDArray[np.int64]
+    """[N] clean tokens, then the noisy blocks."""
+    position: NDArray[np.int64]
+    """[N] absolute positions; noisy blocks repeat those of their clean copies."""
+    block: NDArray[np.int64]
+    """[N] grid index."""
+    slice_id: NDArray[np.int64]
+    """[N] -1 for clean tokens, else 0 … n-1."""
+    target_index: NDArray[np.int64]
+    """[M] where in the N tokens each target stands."""
+    target_id: NDArray[np.int64]
+    """[M] the token revealed there."""
+    target_slice: NDArray[np.int64]
+    """[M] its slice."""
+    target_offset: NDArray[np.int64]
+    """[M] its index in the completion, 0 … C-1; each occurs exactly once (invariant 2)."""
+    recorded: NDArray[np.float32]
+    """[M] its log-prob as the engine recorded it."""
+    advantage: NDArray[np.float32]
+    """[M] what it is credited with."""
+
+
+def slice_sample(
+    trajectory: Trajectory, advantage: float, *, block_size: int, mask_id: int, shrink: int
+) -> SlicedSample:
+    """Lay out one trajectory at the training block size."""
+    prompt = trajectory.prompt_len
+    slices = build_slices(
+        token_ids=trajectory.token_ids,
+        step_map=trajectory.step_map,
+        prompt_len=prompt,
+        completion_len=trajectory.completion_len,
+        block_size=block_size,
+        mask_id=mask_id,
+        shrink=shrink,
+    )
+    count = len(slices.block)
+    clean = int(slices.block[-1]) * block_size  # the last block is never context of a slice
+    noisy_position = slices.block[:, None] * block_size + np.arange(block_size)
+    position = np.concatenate([np.arange(clean), noisy_position.ravel()])
+    target_slice, in_block = np.nonzero(slices.target)
+    target_position = noisy_position[target_slice, in_block]
+    return SlicedSample(
+        ids=np.concatenate([trajectory.token_ids[:clean].astype(np.int64), slices.noisy.ravel()]),
+        position=position,
+        block=position // block_size,
+        slice_id=np.concatenate([np.full(clean, -1), np.repeat(np.arange(count), block_size)]),
+        target_index=clean + target_slice * block_size + in_block,
+        target_id=trajectory.token_ids[target_position].astype(np.int64),
+        target_slice=target_slice,
+        target_offset=target_position - prompt,
+        recorded=trajectory.logprobs[target_position - prompt],
+        advantage=np.full(len(target_slice), advantage, dtype=np.float32),
+    )
+
+
+def token_weights(
+    samples: Sequence[SlicedSample], normaliser: Normaliser, *, length_norm: int
+) -> list[NDArray[np.float32]]:
+    """[M] weights for each sample such that the loss is the sum of weight x term. n samples, S slices each:
+
+    ``token_mean`` 1 / all targets; ``seq_mean`` 1 / (n M); ``const_len`` 1 / (n length_norm) (TraceRL's code);
+    ``per_step_mean`` 1 / (n S |slice|); ``paper_sum`` 1 / (n |slice|), summed over slices (TraceRL eq. 3).
+    """
+    n = len(samples)
+    total = sum(len(s.target_id) for s in samples)
+    weights = []
+    for sample in samples:
+        m = len(sample.target_id)
+        if normaliser == "token_mean":
+            weight = np.full(m, 1 / total)
+        elif normaliser == "seq_mean":
+            weight = np.full(m, 1 / (n * m))
+        elif normaliser == "const_len":
+            weight = np.full(m, 1 / (n * length_norm))
+        else:
+            size = np.bincount(sample.target_slice)
+            slices = len(size) if normaliser == "per_step_mean" else 1
+            weight = 1 / (n * slices * size[sample.target_slice])
+        weights.append(weight.astype(np.float32))
+    return weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """What one forward and backward pass takes: R rows of N tokens, M targets."""
+
+    ids: torch.Tensor
+    """[R, N]."""
+    positions: torch.Tensor
+    """[R, N]."""
+    document: torch.Tensor
+    """[R, N] which sequence of the row; -1 is padding."""
+    block: torch.Tensor
+    """[R, N] grid index."""
+    slice_id: torch.Tensor
+    """[R, N] -1 for clean tokens."""
+    index: torch.Tensor
+    """[M] targets as flat indices into R * N."""
+    targets: torch.Tensor
+    """[M] token ids."""
+    advantage: torch.Tensor
+    """[M]."""
+    weight: torch.Tensor
+    """[M] see `token_weights`."""
+    recorded: torch.Tensor
+    """[M] log-probs the engine recorded."""
+    sample: torch.Tensor
+    """[M] index of the sample in the list that was packed."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens forwarded, padding left out."""
+        return int((self.document >= 0).sum())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def pack(
+    samples: Sequence[SlicedSample],
+    weights: Sequence[NDArray[np.float32]],
+    *,
+    row_tokens: int,
+    micro_batch_tokens: int,
+) -> list[MicroBatch]:
+    """Put whole samples into rows of at most ``row_tokens`` (longer ones alone) and rows into micro-batches of
+    at most ``micro_batch_tokens`` tokens, padding included (a single longer row makes its own)."""
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        size = len(samples[i].ids)
+        fit = next((r for r, free in enumerate(room) if free >= size), None)
+        if fit is None:
+            rows.append([i])
+            room.append(row_tokens - size)
+        else:
+            rows[fit].append(i)
+            room[fit] -= size
+    lengths = [sum(len(samples[i].ids) for i in row) for row in rows]
+    batches: list[MicroBatch] = []
+    pending: list[list[int]] = []
+    longest = 0
+    for r in sorted(range(len(rows)), key=lambda r: -lengths[r]):
+        if pending and (len(pending) + 1) * longest > micro_batch_tokens:
+            batches.append(_stack(samples, weights, pending, longest))
+            pending, longest = [], 0
+        pending.append(rows[r])
+        longest = max(longest, lengths[r])
+    if pending:
+        batches.append(_stack(samples, weights, pending, longest))
+    return batches
+
+
+def _stack(
+    samples: Sequence[SlicedSample], weights: Sequence[NDArray[np.float32]], rows: list[list[int]], width: int
+) -> MicroBatch:
+    shape = (len(rows), width)
+    tokens = {name: np.zeros(shape, dtype=np.int64) for name in ("ids", "position", "block")}
+    document = np.full(shape, -1, dtype=np.int64)
+    slice_id = np.full(shape, -1, dtype=np.int64)
+    columns: dict[str, list[NDArray]] = {
+        name: [] for name in ("index", "targets", "advantage", "weight", "recorded", "sample")
+    }
+    for r, row in enumerate(rows):
+        start = slices = 0
+        for d, i in enumerate(row):
+            s = samples[i]
+            span = (r, slice(start, start + len(s.ids)))
+            for name, filled in tokens.items():
+                filled[span] = getattr(s, name)
+            document[span] = d
+            slice_id[span] = np.where(s.slice_id < 0, -1, s.slice_id + slices)
+            columns["index"].append(r * width + start + s.target_index)
+            columns["targets"].append(s.target_id)
+            columns["advantage"].append(s.advantage)
+            columns["weight"].append(weights[i])
+            columns["recorded"].append(s.recorded)
+            columns["sample"].append(np.full(len(s.target_id), i))
+            start += len(s.ids)
+            slices += int(s.slice_id.max()) + 1
+    return MicroBatch(
+        ids=torch.from_numpy(tokens["ids"]),
+        positions=torch.from_numpy(tokens["position"]),
+        document=torch.from_numpy(document),
+        block=torch.from_numpy(tokens["block"]),
+        slice_id=torch.from_numpy(slice_id),
+        **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()},
+    )
+
+
+def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices for each rank so that the summed costs are even (largest first, to the lightest rank)."""
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(i)
+        loads[lightest] += costs[i]
+    return shares

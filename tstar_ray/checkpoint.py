@@ -1,0 +1,104 @@
+"""Run checkpoints that are whole or absent (invariant 9).
+
+    <root>/.tmp-u00040/ ──fill, fsync──► MANIFEST.json (sizes, SHA-256, state) ──rename──► <root>/u00040/
+
+A folder is used only if its manifest lists exactly its files with their sizes and hashes. Older checkpoints are
+deleted after the rename, never before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunCheckpoint:
+    """A checkpoint whose every file was verified."""
+
+    folder: Path
+    """Where it is."""
+    state: dict[str, Any]
+    """Counters, curriculum and data frontier, as given to `write_checkpoint`."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that must not be used, with the reason."""
+
+
+def write_checkpoint(
+    root: Path, update: int, state: dict[str, Any], fill: Callable[[Path], None], *, keep: int
+) -> Path:
+    """Make ``root/uNNNNN``: ``fill`` writes the files, ``state`` (JSON) goes into the manifest."""
+    final = root / f"u{update:05d}"
+    temporary = root / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    files = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        files[str(path.relative_to(temporary))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files, "state": state}, indent=1))
+    _sync(manifest)
+    _sync(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(root)
+    for old in sorted(root.glob("u*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read_checkpoint(folder: Path) -> RunCheckpoint:
+    """Verify every file of one checkpoint; raises CheckpointError naming what is wrong."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: not a checkpoint of this version (format {FORMAT})")
+    listed = manifest["files"]
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for name in sorted(set(listed) ^ present):
+        raise CheckpointError(f"{folder}: {name} is {'missing' if name in listed else 'not in the manifest'}")
+    for name, entry in listed.items():
+        path = folder / name
+        if path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} is damaged (size or hash differs)")
+    return RunCheckpoint(folder, manifest["state"])
+
+
+def newest_checkpoint(root: Path, *, refused: Callable[[str], None]) -> RunCheckpoint:
+    """The newest checkpoint that verifies; those passed over are reported to ``refused``."""
+    for folder in sorted(root.glob("u*"), reverse=True):
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError as error:
+            refused(str(error))
+    raise CheckpointError(f"{root}: no valid checkpoint to resume from")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

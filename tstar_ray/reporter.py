@@ -1,0 +1,152 @@
+"""What a user sees of a run: console, TensorBoard, metrics.jsonl.
+
+Every update prints one row. On a terminal a status line below the rows shows stage, phase and time left; in a
+job's log there are rows only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from tstar_ray.config import Stage
+from tstar_ray.evaluate import Evaluation
+
+_COLUMNS = (
+    ("update", 8),
+    ("stage", 7),
+    ("B", 5),
+    ("accuracy", 9),
+    ("TPF", 6),
+    ("reward", 7),
+    ("KL", 9),
+    ("entropy", 8),
+    ("cut", 6),
+    ("groups", 7),
+    ("rollout", 8),
+    ("verify", 7),
+    ("train", 6),
+    ("publish", 8),
+)
+
+
+class Reporter:
+    """Writes one run's progress."""
+
+    def __init__(self, folder: Path, *, total: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=total)
+        self._rows = 0
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._writer.close()
+        self._metrics.close()
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.console.print(text, highlight=False)
+
+    def phase(self, stage: Stage | None, name: str) -> None:
+        """Show what the loop is doing."""
+        where = f"{stage.name} B={stage.rollout_block}->{stage.train_block} " if stage else ""
+        self._progress.update(self._task, description=f"{where}{name}")
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A text sample for TensorBoard."""
+        self._writer.add_text(tag, text, step)
+
+    def update(self, update: int, total: int, stage: Stage, record: Mapping[str, Any]) -> None:
+        """One update's numbers everywhere."""
+        self._log("update", update, {"stage": stage.name, **record})
+        if self._rows % 20 == 0:
+            self.say("".join(f"{name:>{width}}" for name, width in _COLUMNS))
+        self._rows += 1
+        block = str(stage.train_block) if not stage.is_bridge else f"{stage.rollout_block}>{stage.train_block}"
+        cells = (
+            f"{update}/{total}",
+            stage.name,
+            block,
+            f"{record['rollout/accuracy']:.3f}",
+            f"{record['rollout/tpf']:.2f}",
+            f"{record['rollout/reward']:.3f}",
+            _cell(record.get("learner/kl"), ".5f"),
+            _cell(record.get("learner/entropy"), ".3f"),
+            f"{record['rollout/truncated']:.2f}",
+            f"{record['groups/trained']}",
+            f"{record['seconds/rollout']:.1f}s",
+            f"{record['seconds/reward']:.1f}s",
+            f"{record['seconds/train']:.1f}s",
+            f"{record['seconds/publish']:.1f}s",
+        )
+        self.say("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS)))
+        self._progress.update(self._task, completed=update, total=total)
+
+    def evaluation(self, update: int, label: str, evaluation: Evaluation) -> None:
+        """One held-out score with its decoding settings."""
+        block = evaluation.decoding.block_size
+        values = {
+            f"eval_b{block}/{k}": v
+            for k, v in evaluation.to_dict().items()
+            if k not in ("decoding", "problems", "unscored")
+        }
+        self._log("evaluation", update, values)
+        self.say(
+            f"  {label}: accuracy {evaluation.accuracy:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}], "
+            f"TPF {evaluation.tpf:.2f} ({evaluation.problems} held-out problems; {evaluation.decoding.describe()})"
+        )
+
+    def _log(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps({"kind": kind, "update": update, "time": time.time(), **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, update)
+
+    def table(self, before: Sequence[Evaluation], after: Sequence[Evaluation]) -> None:
+        """Start model against trained model at each block size."""
+        table = Table(title="Held-out problems: accuracy [95 % interval] and tokens per forward (TPF)")
+        for column in ("B", "start accuracy", "start TPF", "trained accuracy", "trained TPF", "with commits"):
+            table.add_column(column, justify="right")
+        for old, new in zip(before, after):
+            table.add_row(
+                str(old.decoding.block_size),
+                f"{old.accuracy:.3f} [{old.low:.3f}, {old.high:.3f}]",
+                f"{old.tpf:.2f}",
+                f"{new.accuracy:.3f} [{new.low:.3f}, {new.high:.3f}]",
+                f"{new.tpf:.2f}",
+                f"{new.tpf_with_commits:.2f}",
+            )
+        self.console.print(table)
+        if before:
+            self.say(f"{before[0].problems} problems; {before[0].decoding.describe().partition(', ')[2]}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,220 @@
+"""Train a block-diffusion language model by T*: larger blocks, stage by stage, with TraceRL at each.
+
+    python -m tstar_ray.run                                  the embedded run: B=4 to 16 on two CPU cores
+    python -m tstar_ray.run --config configs/sdar_4b_gsm8k.yaml run.dir=/data/runs
+    python -m tstar_ray.run curriculum.mode=direct actors.count=4 --print-config
+    ray job submit --working-dir . -- python -m tstar_ray.run run.dir=/abs/path
+
+Joins the cluster in RAY_ADDRESS (as in a Ray job) or cluster.address, and starts a private one otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tstar_ray.config import Config, ConfigError, load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped by a signal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tstar_ray.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every setting with its default and meaning: docs/configuration.md, or --print-config.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.settings)
+        if arguments.print_config:
+            print(config.to_yaml(), end="")
+            return 0
+        return launch(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the newest checkpoint is in the run folder", file=sys.stderr)
+        return 130
+
+
+def launch(config: Config) -> int:
+    """Run one configuration to its end."""
+    # Imported late, so that a mistake in the settings is answered at once.
+    from cluster.session import ClusterError
+    from learner.group import LearnerError
+    from tstar_ray.reporter import Reporter
+
+    folder = prepare_folder(config)
+    total = sum(stage.gate.updates for stage in config.curriculum.resolve())
+    with Reporter(folder, total=total) as reporter:
+        reporter.say(f"run folder {folder}")
+        try:
+            result = _run(config, folder, reporter)
+        except (ConfigError, ClusterError, LearnerError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if result.stopped:
+            reporter.say(f"stopped after update {result.updates}; continue with run.resume={folder}")
+            return 130
+        reporter.table(result.before, result.after)
+        reporter.say(f"trained model: {folder / 'final'}")
+        return 0
+
+
+def prepare_folder(config: Config) -> Path:
+    """Make the run folder, or take the one to resume; refuses one that holds another run."""
+    if config.run.resume:
+        folder = config.run.resume.resolve()
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"run.resume={config.run.resume}: no run folder (it has no config.yaml)")
+    else:
+        name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
+        folder = (config.run.dir / name).resolve()
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: cannot make {folder}: {error}") from error
+    (folder / "config.yaml").write_text(config.to_yaml())
+    return folder
+
+
+def _run(config: Config, folder: Path, reporter: Any) -> Any:
+    """Look at model and data, then cluster, actors, controller."""
+    from cluster.metrics import Metrics
+    from cluster.placement import plan
+    from cluster.session import connect
+    from tstar_ray.controller import Controller
+    from tstar_ray.data import load_problem_sets
+    from tstar_ray.model import inspect_checkpoint
+
+    try:
+        tokenizer, stop_ids = inspect_checkpoint(config.model.path, mask_token_id=config.model.mask_token_id)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    problems = load_problem_sets(config.data, tokenizer, held_out=config.eval.problems)
+    reporter.say(
+        f"model {config.model.path}; {len(problems.train)} problems to train on, {len(problems.held_out)} held out"
+        + (f"; {problems.left_out} left out as too long" if problems.left_out else "")
+    )
+    with ExitStack() as stack:
+        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-{folder.name}-{os.getpid()}"))
+        placement = plan(config, session.resources)
+        for note in placement.notes:
+            reporter.say(note)
+        reporter.say(
+            f"{'private Ray cluster' if session.private else 'Ray cluster'}"
+            + (f", dashboard {session.dashboard_url}" if session.dashboard_url else "")
+        )
+        learner, collector = _start_actors(config, placement, stack, reporter)
+        controller = Controller(
+            config,
+            folder,
+            learner=learner,
+            collector=collector,
+            problems=problems,
+            stop_ids=stop_ids,
+            reporter=reporter,
+            metrics=Metrics(run=folder.name),
+        )
+        stack.enter_context(_Signals(controller, reporter.say))
+        result = controller.run()
+    (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    return result
+
+
+def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
+    """Learner ranks, rollout actors and reward actors, all ready within the start limit."""
+    from actors.rollout import remote_class as rollout_class
+    from cluster.placement import wait_ready
+    from cluster.pool import ActorPool
+    from cluster.weights import ObjectStoreTransport
+    from learner.group import LearnerGroup
+    from reward.actor import remote_class as reward_class
+    from tstar_ray.collector import Collector, Limits
+
+    transport, start_s = ObjectStoreTransport(), config.cluster.start_timeout_s
+    rollout_actor, reward_actor = rollout_class(), reward_class()
+
+    def make_rollout(index: int, name: str) -> Any:
+        return rollout_actor.options(name=name, **placement.rollout).remote(
+            index, config.model, config.actors, threads=placement.rollout_threads, weights=transport
+        )
+
+    def make_reward(index: int, name: str) -> Any:
+        return reward_actor.options(name=name, **placement.reward).remote(
+            index,
+            workers=config.reward.workers,
+            deadline_s=config.reward.deadline_s,
+            grader=config.reward.grader,
+        )
+
+    reporter.phase(None, "starting actors")
+    learner = LearnerGroup(
+        config.model,
+        config.learner,
+        options=placement.learner,
+        threads=placement.learner_threads,
+        seed=config.run.seed,
+        weights=transport,
+        name=lambda name: name,
+    )
+    stack.callback(learner.stop)
+    restarts = config.actors.max_restarts
+    rollouts = ActorPool("rollout", make_rollout, count=config.actors.count, max_restarts=restarts)
+    stack.callback(rollouts.stop)
+    rewards = ActorPool("reward", make_reward, count=config.reward.count, max_restarts=restarts)
+    stack.callback(rewards.stop)
+    ready = {name: handle.ready.remote() for pool in (rollouts, rewards) for name, handle in pool.handles.items()}
+    wait_ready(ready | learner.start(start_s), start_s, "actors")
+    limits = Limits(
+        rollout_s=config.actors.timeout_s,
+        reward_s=config.reward.deadline_s,
+        start_s=start_s,
+        max_attempts=config.rollout.max_attempts,
+    )
+    collector = Collector(rollouts, rewards, transport, limits, seed=config.run.seed, on_event=reporter.say)
+    return learner, collector
+
+
+class _Signals:
+    """First Ctrl-C or SIGTERM: finish the update, save, end. Second: end at once."""
+
+    def __init__(self, controller: Any, say: Callable[[str], None]) -> None:
+        self._controller, self._say = controller, say
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self._controller.stop_requested:
+            raise KeyboardInterrupt
+        self._controller.stop_requested = True
+        self._say(f"{signal.Signals(number).name}: finishing this update, then saving; again to stop at once")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
