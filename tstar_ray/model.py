@@ -121,8 +121,11 @@ class BlockDiffusionLM(nn.Module):
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, hidden] -> fp32 logits [M, V], undefined ids at -inf."""
-        return self.hf.lm_head(hidden).float().masked_fill(self.suppressed_V, -torch.inf)
+        """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
+        logits = self.hf.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(
+            self.suppressed_V, -torch.inf
+        )
 
     def forward(
         self,
