@@ -58,9 +58,7 @@ class RolloutWorker:
         device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
         checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
         self._tokenizer = checkpoint.tokenizer
-        self._engine: Engine = TorchEngine(
-            checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb
-        )
+        self._engine: Engine = TorchEngine(checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb)
 
     def __repr__(self) -> str:
         return f"Rollout({self._index})"
@@ -73,14 +71,10 @@ class RolloutWorker:
         """Fetch, load, drop caches, and prove what is now served."""
         return self._engine.load_weights(self._weights.fetch(published), published.version)
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, version: int
-    ) -> list[tuple[Trajectory, str]]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding, version: int) -> list[tuple[Trajectory, str]]:
         """A trajectory and its text for each request, in order, decoded by exactly this weight version."""
         if version != self._engine.proof.version:
-            raise RuntimeError(
-                f"{self!r} serves weights {self._engine.proof.version}, asked to decode with {version}"
-            )
+            raise RuntimeError(f"{self!r} serves weights {self._engine.proof.version}, asked to decode with {version}")
         trajectories = self._engine.generate(requests, decoding)
         texts = self._tokenizer.batch_decode(
             [t.completion_ids.tolist() for t in trajectories], skip_special_tokens=True

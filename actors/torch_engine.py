@@ -87,9 +87,7 @@ class TorchEngine:
         return trajectories
 
     def _slots(self, requests: Sequence[Request], decoding: Decoding) -> int:
-        longest = max(
-            decode_limit(len(r.prompt_ids), decoding.max_new_tokens, decoding.block_size) for r in requests
-        )
+        longest = max(decode_limit(len(r.prompt_ids), decoding.max_new_tokens, decoding.block_size) for r in requests)
         config = self._model.hf.config
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(self._model)
         per_sequence = longest * per_token * self._model.dtype.itemsize
@@ -163,7 +161,7 @@ class _CacheLayout:
             scale=scale,
         )
         out = out.view(n, kv_heads, g, q, dim).permute(0, 3, 1, 2, 4).reshape(n, q, kv_heads * g, dim)
-        return (out.reshape(1, n * q, -1, dim) if self._dense else out[self._slot_N, self._query_N][None])
+        return out.reshape(1, n * q, -1, dim) if self._dense else out[self._slot_N, self._query_N][None]
 
 
 class _Batch:
@@ -224,9 +222,7 @@ class _Batch:
             self._ids[slot] = self._model.mask_id
             self._ids[slot, :prompt] = torch.tensor(request.prompt_ids, dtype=torch.long)
             self._steps[slot] = 0
-            self._fields[:, slot] = torch.tensor(
-                [index, request.seed, prompt, self._limits[index], clean, clean, 0, 0]
-            )
+            self._fields[:, slot] = torch.tensor([index, request.seed, prompt, self._limits[index], clean, clean, 0, 0])
             source = first_of.setdefault(request.prompt_ids, slot)
             if source != slot:
                 copies.append((source, slot))

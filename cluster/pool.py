@@ -17,9 +17,7 @@ from cluster.session import ClusterError
 class ActorPool:
     """Actors of one role."""
 
-    def __init__(
-        self, role: str, create: Callable[[int, str], Any], *, count: int, max_restarts: int
-    ) -> None:
+    def __init__(self, role: str, create: Callable[[int, str], Any], *, count: int, max_restarts: int) -> None:
         """``create(index, name)`` makes actor number ``index``; ``max_restarts`` is per actor, pooled."""
         self._role, self._create = role, create
         self._budget = count * max_restarts

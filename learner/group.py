@@ -123,9 +123,7 @@ class LearnerGroup:
     def start(self, timeout_s: float) -> dict[str, Any]:
         """Begin the rendezvous; returns a ref for each rank that resolves once it trains."""
         host, port = self._wait([self.ranks[0].address.remote()], timeout_s, "rendezvous address")[0]
-        return {
-            f"learner-{i}": rank.setup.remote(len(self.ranks), host, port) for i, rank in enumerate(self.ranks)
-        }
+        return {f"learner-{i}": rank.setup.remote(len(self.ranks), host, port) for i, rank in enumerate(self.ranks)}
 
     def update(self, groups: Sequence[Group], spec: Any, *, update: int) -> Any:
         """One TraceRL update on complete groups; returns an `UpdateReport`."""

@@ -152,9 +152,7 @@ class Trainer:
         samples = [
             self._slice(sample.trajectory, float(advantage), spec)
             for group in groups
-            for sample, advantage in zip(
-                group.samples, group_advantages(group.rewards, self._config.loss.advantage)
-            )
+            for sample, advantage in zip(group.samples, group_advantages(group.rewards, self._config.loss.advantage))
         ]
         temperature = _common_temperature([s.trajectory for g in groups for s in g.samples])
         order = np.random.default_rng([self._seed, update]).permutation(len(samples))
@@ -238,9 +236,7 @@ class Trainer:
 
     @torch.no_grad()
     def _logprobs(self, batches: Sequence[MicroBatch | None], temperature: float) -> list[torch.Tensor]:
-        return [
-            self._forward(batch and batch.to(self._model.device), temperature)[0].detach() for batch in batches
-        ]
+        return [self._forward(batch and batch.to(self._model.device), temperature)[0].detach() for batch in batches]
 
     def _optimizer_step(
         self,
@@ -366,9 +362,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def join_process_group(*, rank: int, world: int, host: str, port: int, device: torch.device, timeout_s: float) -> None:
     """Rendezvous of the learner's ranks under DeepSpeed; gloo on CPU, NCCL on GPU."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=str(port))
     deepspeed = import_deepspeed(device)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",

@@ -26,7 +26,6 @@ from cluster.placement import wait_ready
 from cluster.pool import ActorPool
 from cluster.session import ClusterError
 from cluster.weights import ObjectStoreTransport, Published
-from reward.grading import reward
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
@@ -100,6 +99,15 @@ class Collector:
         self._seed, self._on_event = seed, on_event
         self._published: Published | None = None
 
+    @property
+    def live(self) -> dict[str, int]:
+        """Gauges of the Ray dashboard: actors alive, and replaced so far."""
+        return {
+            "rollout_actors": len(self._rollouts.handles),
+            "reward_actors": len(self._rewards.handles),
+            "actor_restarts": self._rollouts.restarts + self._rewards.restarts,
+        }
+
     def serve(self, published: Published) -> None:
         """Give all rollout actors these weights; one that does not prove them is replaced and asked again."""
         self._published = published
@@ -112,9 +120,7 @@ class Collector:
                 new = self._replace_rollout(name, error, prove=False)
                 names[new] = self._rollouts.handles[new]
 
-    def collect(
-        self, problems: Mapping[int, PromptedProblem], decoding: Decoding, *, group_size: int
-    ) -> Collection:
+    def collect(self, problems: Mapping[int, PromptedProblem], decoding: Decoding, *, group_size: int) -> Collection:
         """Collect one group for each id and problem, all decoded by the weights served last."""
         assert self._published is not None, "serve weights first"
         return _Collect(self, problems, decoding, group_size).run()
@@ -124,9 +130,9 @@ class Collector:
         self._on_event(f"{name} was lost ({reason}); {new} takes its place")
         wait_ready({new: self._rollouts.handles[new].ready.remote()}, self._limits.start_s, "rollout actor")
         if prove:
-            error = self._transport.serve(
-                self._published, {new: self._rollouts.handles[new]}, self._limits.start_s
-            )[new]
+            error = self._transport.serve(self._published, {new: self._rollouts.handles[new]}, self._limits.start_s)[
+                new
+            ]
             if error:
                 raise ClusterError(f"{new} does not serve the current weights: {error}")
         return new
@@ -200,9 +206,7 @@ class _Collect:
     def _request(self, group_id: int) -> Request:
         group = self._open[group_id]
         sample, group.issued = group.issued, group.issued + 1
-        return Request(
-            group_id, sample, group.problem.prompt_ids, sample_seed(self._owner._seed, group_id, sample)
-        )
+        return Request(group_id, sample, group.problem.prompt_ids, sample_seed(self._owner._seed, group_id, sample))
 
     def _send_rollouts(self) -> None:
         if self._again and not self._units:
@@ -252,7 +256,7 @@ class _Collect:
             return
         for (trajectory, text), result in zip(job.payload, results):
             self._result.verdicts[str(result.verdict)] += 1
-            earned = reward(result.verdict)
+            earned = result.verdict.reward
             if earned is None:
                 self._retry(trajectory.group_id)
             elif trajectory.group_id in self._open:

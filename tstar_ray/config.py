@@ -416,18 +416,19 @@ class Config(Section):
 
     @property
     def eval_blocks(self) -> tuple[int, ...]:
-        """Block sizes of the tables."""
-        return self.eval.blocks or tuple(sorted({s.train_block for s in self.curriculum.resolve()} | {
-            *self.curriculum.blocks} if not self.curriculum.stages else {
-            b for s in self.curriculum.resolve() for b in (s.rollout_block, s.train_block)}))
+        """Block sizes of the tables, ascending."""
+        if self.eval.blocks:
+            return tuple(sorted(self.eval.blocks))
+        curriculum = self.curriculum
+        if curriculum.stages:
+            return tuple(sorted({block for s in curriculum.stages for block in (s.rollout_block, s.train_block)}))
+        return curriculum.blocks
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for block in {s.rollout_block for s in self.curriculum.resolve()} | set(self.eval_blocks):
             if self.rollout.max_new_tokens < block:
-                raise ValueError(
-                    f"rollout.max_new_tokens={self.rollout.max_new_tokens} cannot hold a block of {block}"
-                )
+                raise ValueError(f"rollout.max_new_tokens={self.rollout.max_new_tokens} cannot hold a block of {block}")
         if self.learner.gpus == 0 and self.model.dtype == "bfloat16":
             raise ValueError("model.dtype=bfloat16 trains 7 to 15 times slower than float32 on CPU; use auto")
         if (self.actors.gpus == 0) != (self.learner.gpus == 0) and self.model.dtype == "auto":

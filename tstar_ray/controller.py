@@ -45,6 +45,18 @@ REPLAY_TOLERANCE = 1e-3
 """Largest start-up replay error (nats) in fp32; the tests hold 1e-5, real models have more layers and terms."""
 
 
+_DASHBOARD = {
+    "accuracy": "rollout/accuracy",
+    "tokens_per_forward": "rollout/tpf",
+    "reward": "rollout/reward",
+    "kl": "learner/kl",
+    "rollout_idle": "idle/rollout",
+    "learner_idle": "idle/learner",
+    "publish_seconds": "seconds/publish",
+}
+"""Gauge of `cluster.metrics` -> number of an update's record."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """How a run ended."""
@@ -293,8 +305,7 @@ class Controller:
             "rollout/tpf_with_commits": tokens_per_forward(trajectories, commits=True),
             "rollout/truncated": float(np.mean([t.stop_reason == "length" for t in trajectories])),
             "rollout/mean_tokens": float(np.mean([t.completion_len for t in trajectories])),
-            "rollout/tokens_per_s": sum(t.completion_len for t in trajectories)
-            / max(collection.rollout_s, 1e-9),
+            "rollout/tokens_per_s": sum(t.completion_len for t in trajectories) / max(collection.rollout_s, 1e-9),
             "groups/trained": len(trainable),
             "groups/filtered": len(collection.groups) - len(trainable),
             "groups/failed": len(collection.failed),
@@ -312,7 +323,13 @@ class Controller:
         if report:
             record |= {f"learner/{k}": v for k, v in report_dict(report).items() if not math.isnan(v)}
         record |= {"stage/index": self._curriculum.state.stage, "stage/train_block": stage.train_block}
-        self._metrics.update(record, ledger=self._ledger, verdicts=collection.verdicts)
+        for gauge, name in _DASHBOARD.items():
+            self._metrics.set(gauge, record.get(name, 0.0))
+        for gauge, live in self._collector.live.items():
+            self._metrics.set(gauge, live)
+        self._metrics.set("buffer_depth", self._ledger.depth)
+        self._metrics.count_groups(self._ledger.ended)
+        self._metrics.count_verdicts(collection.verdicts)
         self._reporter.update(self._update, self._update_total(), stage, record)
         if self._config.run.save_traces:
             write_traces(self._folder / "traces" / f"update-{self._update:05d}.parquet", collection.groups)
@@ -363,9 +380,7 @@ class Controller:
         self._ledger.load_state_dict(state["ledger"])
         self._update, self._version = state["update"], state["version"]
         self._stream.cursor = state["cursor"]
-        self._before = [
-            Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]
-        ]
+        self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
 
 

@@ -115,9 +115,7 @@ class Curriculum:
     def _end(self, reason: str) -> None:
         state = self.state
         line = f"{self.stage.name} ended after {state.step} updates: {reason}"
-        self.state = CurriculumState(
-            stage=state.stage + 1, reference=state.reference, history=[*state.history, line]
-        )
+        self.state = CurriculumState(stage=state.stage + 1, reference=state.reference, history=[*state.history, line])
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

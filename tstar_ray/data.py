@@ -70,8 +70,7 @@ def load_problem_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, h
     for name, kept in zip(("data.train", "data.eval"), sets):
         if not kept:
             raise ConfigError(
-                f"{name}: no problem is left; {left_out} prompts exceed "
-                f"data.max_prompt_tokens={data.max_prompt_tokens}"
+                f"{name}: no problem is left; {left_out} prompts exceed data.max_prompt_tokens={data.max_prompt_tokens}"
             )
     return ProblemSets(train=sets[0], held_out=sets[1], left_out=left_out)
 

@@ -115,17 +115,13 @@ class BlockDiffusionLM(nn.Module):
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
         """ids and positions [R, N] -> final hidden states [R, N, hidden]."""
-        out = self.hf.model(
-            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout
-        )
+        out = self.hf.model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout)
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
         logits = self.hf.lm_head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(
-            self.suppressed_V, -torch.inf
-        )
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.suppressed_V, -torch.inf)
 
     def forward(
         self,
@@ -243,9 +239,7 @@ def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
         raise ValueError(f"model {path!r}: no readable config.json there, and no such hub model: {error}") from error
     model_type = config_dict.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"model {path}: model_type {model_type!r} is not served; known are {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"model {path}: model_type {model_type!r} is not served; known are {', '.join(ARCHITECTURES)}")
     if config_dict.get("use_sliding_window"):
         raise ValueError(f"model {path}: sliding-window attention cannot be combined with a block mask")
     config_class, model_class = ARCHITECTURES[model_type]
@@ -260,9 +254,7 @@ def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"model {path}: its tokenizer cannot be read: {error}") from error
 
 
-def _find_mask_id(
-    path: str, given: int | None, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> int:
+def _find_mask_id(path: str, given: int | None, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
     if given is not None:
         return given
     if config.get("mask_token_id") is not None:

@@ -24,9 +24,7 @@ def plain_loss(new, old, advantage, clip_low, clip_high, kl_coef):
 def test_terms_equal_a_plain_loop():
     rng = np.random.default_rng(0)
     new, old, advantage = rng.normal(-1, 1, 200), rng.normal(-1, 1, 200), rng.normal(0, 1, 200)
-    terms = token_terms(
-        *(torch.tensor(x) for x in (new, old, advantage)), clip_low=0.2, clip_high=0.3, kl_coef=0.05
-    )
+    terms = token_terms(*(torch.tensor(x) for x in (new, old, advantage)), clip_low=0.2, clip_high=0.3, kl_coef=0.05)
     expected = plain_loss(new, old, advantage, 0.2, 0.3, 0.05)
     np.testing.assert_allclose(terms.loss.numpy(), expected, rtol=1e-12)
 

@@ -35,9 +35,7 @@ def trajectories(block_size, count=6, seed=0):
 
 def sliced(trajs, *, train_block, shrink=1, seed=3):
     rng = np.random.default_rng(seed)
-    return [
-        slice_sample(t, float(rng.normal()), block_size=train_block, mask_id=63, shrink=shrink) for t in trajs
-    ]
+    return [slice_sample(t, float(rng.normal()), block_size=train_block, mask_id=63, shrink=shrink) for t in trajs]
 
 
 def batch_loss(model, batches, old=None):
@@ -47,9 +45,7 @@ def batch_loss(model, batches, old=None):
         visible = train_visibility(batch.document, batch.block, batch.slice_id)
         layout = TrainLayout(visible, model.dtype)
         new, _ = model(batch.ids, batch.positions, layout, batch.index, batch.targets)
-        terms = token_terms(
-            new, batch.recorded, batch.advantage, clip_low=0.2, clip_high=0.2, kl_coef=0.05
-        )
+        terms = token_terms(new, batch.recorded, batch.advantage, clip_low=0.2, clip_high=0.2, kl_coef=0.05)
         total = total + (batch.weight * terms.loss).sum()
     return total
 
@@ -149,7 +145,9 @@ def test_invariant_2_packed_targets_are_exactly_the_completion(train_block, shri
             sample.target_id, trajectory.completion_ids[sample.target_offset], "targets carry the revealed tokens"
         )
         assert (sample.ids[sample.target_index] == 63).all(), "a target is masked where it is predicted"
-        np.testing.assert_array_equal(sample.position[sample.target_index], trajectory.prompt_len + sample.target_offset)
+        np.testing.assert_array_equal(
+            sample.position[sample.target_index], trajectory.prompt_len + sample.target_offset
+        )
 
 
 def test_invariant_4_token_ids_reach_the_learner_unchanged():

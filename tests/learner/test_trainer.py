@@ -78,7 +78,9 @@ def make_trainer(**settings):
 def make_spec(**changes):
     from learner.trainer import UpdateSpec
 
-    return UpdateSpec(**{"block_size": 4, "shrink": 1, "lr": 1e-3, "length_norm": 32, "compare_recorded": True} | changes)
+    return UpdateSpec(
+        **{"block_size": 4, "shrink": 1, "lr": 1e-3, "length_norm": 32, "compare_recorded": True} | changes
+    )
 
 
 def train(updates=2, groups=5, **settings):
@@ -160,18 +162,16 @@ def test_trap_32_first_ratio_is_exactly_one_and_the_kl_zero():
 
 
 def _ratios():
-    reports = [
-        make_trainer(steps_per_update=steps).update(make_groups(4), make_spec(), update=0) for steps in (1, 3)
-    ]
+    reports = [make_trainer(steps_per_update=steps).update(make_groups(4), make_spec(), update=0) for steps in (1, 3)]
     return [dataclasses.asdict(r) for r in reports]
 
 
 def test_bridge_trains_at_the_larger_block_without_recorded_log_probs():
     report = on_ranks(1, _bridge)
     assert np.isnan(report["replay_error"])
-    assert report["targets"] == sum(
-        s.trajectory.completion_len for g in make_groups(4) for s in g.samples
-    ), "every completion token is a target exactly once (invariant 2)"
+    assert report["targets"] == sum(s.trajectory.completion_len for g in make_groups(4) for s in g.samples), (
+        "every completion token is a target exactly once (invariant 2)"
+    )
 
 
 def _bridge():

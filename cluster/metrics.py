@@ -1,0 +1,92 @@
+"""Training state on the Ray dashboard: gauges and counters of `ray.util.metrics`, tagged by run.
+
+Ray exports them as ``ray_tstar_*`` on every node's metrics port; in Prometheus or Grafana, for instance::
+
+    ray_tstar_phase{run="NAME"} == 1                      what the loop is doing
+    ray_tstar_accuracy{run="NAME"}                        rollout accuracy of the last update
+    rate(ray_tstar_verdicts_total{run="NAME"}[5m])        verifier outcomes
+    ray_tstar_groups{run="NAME", outcome="failed"}        groups that no sample could be scored for
+
+Every series is there from the start with 0, so that no selector meets a missing one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from ray.util.metrics import Counter, Gauge
+
+PHASES = ("rollout", "train", "publish", "evaluate", "checkpoint")
+VERDICTS = ("correct", "wrong", "unparsable", "timeout", "crashed", "rejected")
+OUTCOMES = ("trained", "filtered", "failed", "cancelled")
+GAUGES = {
+    "stage": "index of the curriculum stage",
+    "rollout_block_size": "block size of rollouts",
+    "train_block_size": "block size of training",
+    "weight_version": "version of the weights that actors serve",
+    "accuracy": "rollout accuracy of the last update",
+    "tokens_per_forward": "TPF of the last rollouts, without commits",
+    "reward": "mean reward of the last rollouts",
+    "kl": "k3 to the policy before the update, in nats",
+    "buffer_depth": "groups dispatched and not ended",
+    "rollout_actors": "live rollout actors",
+    "reward_actors": "live reward actors",
+    "actor_restarts": "actors replaced so far",
+    "rollout_idle": "share of the last update that rollout actors were idle",
+    "learner_idle": "share of the last update that the learner was idle",
+    "publish_seconds": "seconds of the last weight publish",
+}
+
+
+class Metrics:
+    """One run's metrics, and the seconds spent in each phase."""
+
+    def __init__(self, *, run: str) -> None:
+        tags = {"run": run}
+        self._gauges = {name: Gauge(f"tstar_{name}", text, ("run",)) for name, text in GAUGES.items()}
+        self._phase = Gauge("tstar_phase", "1 for what the loop is doing", ("run", "phase"))
+        self._groups = Gauge("tstar_groups", "groups by how they ended", ("run", "outcome"))
+        self._verdicts = Counter("tstar_verdicts", "verifications by outcome", ("run", "verdict"))
+        for metric in (*self._gauges.values(), self._phase, self._groups, self._verdicts):
+            metric.set_default_tags(tags)
+        for name in GAUGES:
+            self.set(name, 0)
+        for phase in PHASES:
+            self._phase.set(0, {"phase": phase})
+        self.count_groups(dict.fromkeys(OUTCOMES, 0))
+        for verdict in VERDICTS:
+            self._verdicts.inc(0, {"verdict": verdict})
+        self._seconds: Tally[str] = Tally()
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge of `GAUGES`."""
+        self._gauges[name].set(value)
+
+    def count_groups(self, ended: Mapping[str, int]) -> None:
+        """Totals of the ledger."""
+        for outcome, count in ended.items():
+            self._groups.set(count, {"outcome": outcome})
+
+    def count_verdicts(self, verdicts: Mapping[str, int]) -> None:
+        """Add verifications of one collection."""
+        for verdict, count in verdicts.items():
+            self._verdicts.inc(count, {"verdict": verdict})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show a phase while it lasts, and add up its seconds."""
+        start = time.monotonic()
+        self._phase.set(1, {"phase": name})
+        try:
+            yield
+        finally:
+            self._phase.set(0, {"phase": name})
+            self._seconds[name] += time.monotonic() - start
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        taken, self._seconds = dict(self._seconds), Tally()
+        return taken

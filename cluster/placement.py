@@ -1,0 +1,112 @@
+"""What each actor gets of the cluster, decided before any of them is asked for.
+
+GPUs are exact: asking for more than there are is an error at once, where Ray would wait for ever. CPU shares
+give way: on a laptop with two cores, two rollout actors, a verifier and a learner share them, because in the
+synchronous loop they work one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.session import ClusterError
+from tstar_ray.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Ray options and thread counts."""
+
+    rollout: dict[str, float]
+    """Of one rollout actor."""
+    reward: dict[str, float]
+    """Of one reward actor."""
+    learner: dict[str, float]
+    """Of one learner rank."""
+    rollout_threads: int
+    """Compute threads of a rollout actor on CPU."""
+    learner_threads: int
+    """Compute threads of a learner rank on CPU."""
+    notes: tuple[str, ...]
+    """What a user should know."""
+
+
+def plan(config: Config, resources: Mapping[str, float]) -> Placement:
+    """Fit the actors of a run into a cluster's resources; raises ClusterError."""
+    actors, reward, learner = config.actors, config.reward, config.learner
+    gpus = actors.count * actors.gpus + learner.ranks * learner.gpus
+    have_gpus = resources.get("GPU", 0.0)
+    if gpus > have_gpus:
+        raise ClusterError(
+            f"{gpus:g} GPUs asked ({actors.count} rollout actors x actors.gpus={actors.gpus:g} + {learner.ranks} "
+            f"learner ranks x learner.gpus={learner.gpus:g}), the cluster has {have_gpus:g}; lower one of them, "
+            "or join a larger cluster with cluster.address"
+        )
+    cpus = actors.count * actors.cpus + reward.count * reward.cpus + learner.ranks * learner.cpus
+    have_cpus = resources.get("CPU", 0.0)
+    if have_cpus <= 0:
+        raise ClusterError("the cluster has no CPU resource to place actors on")
+    share, notes = 1.0, []
+    if cpus > have_cpus:
+        if gpus:
+            raise ClusterError(
+                f"{cpus:g} CPU cores asked, the cluster has {have_cpus:g}; lower actors.cpus, reward.cpus or "
+                "learner.cpus"
+            )
+        # A little is left for what else runs in the cluster, and Ray counts in steps of 0.0001.
+        share = 0.95 * have_cpus / cpus
+        notes.append(f"{cpus:g} CPU cores asked, {have_cpus:g} there: every actor gets {share:.0%} of its share")
+    cores = int(max(1, have_cpus))
+
+    def options(cpus: float, gpus: float) -> dict[str, float]:
+        return {"num_cpus": int(cpus * share * 1e4) / 1e4, "num_gpus": gpus}
+
+    return Placement(
+        rollout=options(actors.cpus, actors.gpus),
+        reward=options(reward.cpus, 0),
+        learner=options(learner.cpus, learner.gpus),
+        rollout_threads=max(1, cores // actors.count),
+        learner_threads=learner.threads or max(1, cores // learner.ranks),
+        notes=tuple(notes),
+    )
+
+
+def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str) -> dict[str, Any]:
+    """Results of all actors' first calls. Raises ClusterError with an actor's own message where it failed, and
+    with the names of those not ready and what the cluster has left where time ran out."""
+    import ray
+
+    names = {ref: name for name, ref in refs.items()}
+    pending, results = list(names), {}
+    deadline = time.monotonic() + timeout_s
+    while pending:
+        done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            late = ", ".join(sorted(names[ref] for ref in pending))
+            raise ClusterError(
+                f"{what} not ready after {timeout_s:g} s: {late}. The cluster has {_amounts(ray.cluster_resources())}, "
+                f"free {_amounts(ray.available_resources())}; lower what the actors ask for, or raise "
+                "cluster.start_timeout_s"
+            )
+        for ref in done:
+            try:
+                results[names[ref]] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"{names[ref]} did not start: {_cause(error)}") from error
+    return results
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _cause(error: Any) -> str:
+    """The actor's own message; an error in a constructor arrives as text with its traceback."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,170 @@
+"""The Ray cluster of a run: join one that runs, or start a private one, and leave only what was there before.
+
+    cluster.address or RAY_ADDRESS given ──► join it         (nothing of it is ever stopped)
+    neither                              ──► private cluster (loopback, own token, own folder; ended at close)
+
+A private cluster lives in a temporary folder of its own, listens on loopback, and uses token authentication
+with a token made for this process, so that neither ``~/.ray`` nor another cluster on the machine matters.
+Workers get this process's import path, so that the packages need not be installed, and normal priority.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tstar_ray.config import ClusterConfig
+
+_REACH_S = 5.0
+_PACKAGES = ("tstar_ray", "actors", "learner", "reward", "cluster")
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot do what was asked; the message names what is missing and the remedy."""
+
+
+@dataclass(slots=True)
+class Session:
+    """A connection to Ray; use as a context manager."""
+
+    private: bool
+    """Started by us, and ended at `close`."""
+    dashboard_url: str | None
+    """Where the dashboard answers."""
+    resources: dict[str, float]
+    """What the cluster has in all, e.g. CPU and GPU."""
+    temp_dir: Path | None
+    """Folder of the private cluster."""
+    _environment: dict[str, str | None] = field(default_factory=dict)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; a private cluster ends and its folder goes."""
+        import ray
+
+        ray.shutdown()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if self.temp_dir:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def connect(cluster: ClusterConfig, *, namespace: str) -> Session:
+    """Join or start; raises ClusterError. ``namespace`` keeps actor names apart from other runs'."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        return _join(address, namespace)
+    return _start(cluster, namespace)
+
+
+def _common(namespace: str) -> dict[str, Any]:
+    return {
+        "namespace": namespace,
+        "runtime_env": {"env_vars": {"PYTHONPATH": _import_path()}},
+        "logging_level": logging.ERROR,
+        "log_to_driver": True,
+    }
+
+
+def _import_path() -> str:
+    """Folders that workers need to import the packages and whatever else this process can."""
+    roots = {
+        str(Path(spec.origin).parent.parent)
+        for spec in map(importlib.util.find_spec, _PACKAGES)
+        if spec and spec.origin
+    }
+    return os.pathsep.join([*sorted(roots), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+def _join(address: str, namespace: str) -> Session:
+    import ray
+
+    if address not in ("auto", "local"):
+        _check_reachable(address)
+    try:
+        context = ray.init(address=address, **_common(namespace))
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"no Ray cluster could be joined at {address!r}: {_first_line(error)}. Start one with "
+            "`ray start --head`, or leave cluster.address and RAY_ADDRESS empty for a private one"
+        ) from error
+    url = f"http://{context.dashboard_url}" if context.dashboard_url else None
+    return Session(private=False, dashboard_url=url, resources=ray.cluster_resources(), temp_dir=None)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_REACH_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({error}); check cluster.address and RAY_ADDRESS, "
+            "or leave both empty for a private one"
+        ) from error
+
+
+def _start(cluster: ClusterConfig, namespace: str) -> Session:
+    if cluster.dashboard:
+        _check_free(cluster.dashboard_port)
+    changed = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    import ray
+    from ray._raylet import Config
+
+    Config.initialize("")  # Ray caches these variables when it is first imported
+    # A socket path may have 107 characters, and Ray appends about 65 to this folder.
+    temp_dir = Path(tempfile.mkdtemp(prefix="tstar-", dir="/tmp"))
+    try:
+        context = ray.init(
+            address="local",
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(temp_dir),
+            **_common(namespace),
+        )
+    except Exception as error:
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
+    url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
+    return Session(True, url, ray.cluster_resources(), temp_dir, before)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} is in use; set cluster.dashboard_port to a free one, or cluster.dashboard=false"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,87 @@
+"""Weights from the learner to the actors, through Ray's object store.
+
+    learner rank 0: publish(flat, version) ──► Published (version, checksum, box) ──► fetch in every actor
+    controller: serve(published, actors)   ──► each loads and answers with a Proof; equal ones may work
+
+One flat buffer is stored once; actors on one node map the same memory. An actor that starts late or anew just
+fetches the newest. The object lives as long as a `Published` refers to it and its owner, the process that
+called `publish`, lives; a learner that was rebuilt publishes again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tstar_ray.weights import Proof, checksum
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Weights in the object store."""
+
+    version: int
+    """0 for the start model, +1 per update."""
+    checksum: str
+    """Of the flat buffer; see `tstar_ray.weights.checksum`."""
+    size_bytes: int
+    """Of the flat buffer."""
+    dtype: str
+    """torch name of its element type, e.g. bfloat16."""
+    box: tuple[Any, ...]
+    """One object reference, wrapped so that Ray does not fetch it when this travels."""
+
+    @property
+    def proof(self) -> Proof:
+        """What an actor that serves it must answer."""
+        return Proof(self.version, self.checksum)
+
+
+class ObjectStoreTransport:
+    """Works everywhere Ray does, and for actors that come and go. Stateless: every process makes its own."""
+
+    def publish(self, flat: torch.Tensor, version: int) -> Published:
+        """Store a flat CPU buffer; NumPy travels without copies, and bfloat16 as 16-bit integers."""
+        import ray
+
+        wire = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
+        reference = ray.put(wire.numpy())
+        name = str(flat.dtype).removeprefix("torch.")
+        return Published(version, checksum(flat), flat.numel() * flat.itemsize, name, (reference,))
+
+    def fetch(self, published: Published) -> torch.Tensor:
+        """The buffer, mapped from shared memory; read it, do not write to it."""
+        import ray
+
+        array = ray.get(published.box[0], timeout=600)
+        array.flags.writeable = False
+        flat = torch.frombuffer(memoryview(array), dtype=_NUMPY_TO_TORCH[str(array.dtype)])
+        return flat.view(torch.bfloat16) if published.dtype == "bfloat16" else flat
+
+    def serve(self, published: Published, actors: Mapping[str, Any], timeout_s: float) -> dict[str, str | None]:
+        """Have actors load these weights; None for each that proved them, else what went wrong (invariant 8)."""
+        import ray
+
+        names = {actor.load_weights.remote(published): name for name, actor in actors.items()}
+        outcome: dict[str, str | None] = dict.fromkeys(actors, f"no answer in {timeout_s:g} s")
+        deadline, pending = time.monotonic() + timeout_s, list(names)
+        while pending:
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                break
+            for ref in done:
+                try:
+                    proof = ray.get(ref)
+                    good = proof == published.proof
+                    outcome[names[ref]] = None if good else f"serves {proof}, published is {published.proof}"
+                except ray.exceptions.RayError as error:
+                    text = str(getattr(error, "cause", None) or error).strip()
+                    outcome[names[ref]] = text.splitlines()[0] if text else type(error).__name__
+        return outcome
+
+
+_NUMPY_TO_TORCH = {"float32": torch.float32, "int16": torch.int16, "float16": torch.float16, "float64": torch.float64}

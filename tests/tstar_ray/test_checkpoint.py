@@ -1,0 +1,101 @@
+"""Run checkpoints are whole or absent."""
+
+import json
+import shutil
+
+import pytest
+
+from tstar_ray.checkpoint import MANIFEST, CheckpointError, newest_checkpoint, read_checkpoint, write_checkpoint
+
+
+def fill(folder):
+    (folder / "learner").mkdir()
+    (folder / "learner" / "weights.bin").write_bytes(b"weights" * 1000)
+    (folder / "optimizer.bin").write_bytes(b"moments")
+
+
+def write(root, update, keep=2):
+    return write_checkpoint(root, update, {"update": update}, fill, keep=keep)
+
+
+def test_round_trip_and_only_the_newest_are_kept(tmp_path):
+    for update in (1, 2, 3):
+        write(tmp_path, update)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["u00002", "u00003"]
+    found = newest_checkpoint(tmp_path, refused=pytest.fail)
+    assert (found.folder.name, found.state) == ("u00003", {"update": 3})
+    assert (found.folder / "learner" / "weights.bin").read_bytes() == b"weights" * 1000
+
+
+def damage_content(folder):
+    (folder / "learner" / "weights.bin").write_bytes(b"Weights" * 1000)
+
+
+def damage_size(folder):
+    (folder / "optimizer.bin").write_bytes(b"mom")
+
+
+def lose_file(folder):
+    (folder / "optimizer.bin").unlink()
+
+
+def add_file(folder):
+    (folder / "stray").write_text("x")
+
+
+def lose_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def cut_manifest(folder):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:40])
+
+
+def foreign_manifest(folder):
+    (folder / MANIFEST).write_text(json.dumps({"format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_content, "weights.bin is damaged"),
+        (damage_size, "optimizer.bin is damaged"),
+        (lose_file, "optimizer.bin is missing"),
+        (add_file, "stray is not in the manifest"),
+        (lose_manifest, "never finished"),
+        (cut_manifest, "MANIFEST.json is damaged"),
+        (foreign_manifest, "not a checkpoint of this version"),
+    ],
+)
+def test_invariant_9_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_used(tmp_path, damage, reason):
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=reason):
+        read_checkpoint(tmp_path / "u00002")
+    refused = []
+    assert newest_checkpoint(tmp_path, refused=refused.append).state == {"update": 1}
+    assert len(refused) == 1
+    assert "u00002" in refused[0]
+
+
+def test_invariant_9_a_writer_that_dies_leaves_the_older_ones_alone(tmp_path):
+    write(tmp_path, 1, keep=1)
+
+    def dies(folder):
+        fill(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, 2, {}, dies, keep=1)
+    assert newest_checkpoint(tmp_path, refused=pytest.fail).state == {"update": 1}
+    write(tmp_path, 2, keep=1)  # what the dead writer left does not disturb the next
+    assert newest_checkpoint(tmp_path, refused=pytest.fail).state == {"update": 2}
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        newest_checkpoint(tmp_path, refused=pytest.fail)
+    write(tmp_path, 1)
+    shutil.rmtree(tmp_path / "u00001" / "learner")
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        newest_checkpoint(tmp_path, refused=lambda _: None)

@@ -1,0 +1,1 @@
+"""The tiny start model that ships with the package, and the script that makes it."""
