@@ -1,13 +1,14 @@
-"""Training state on the Ray dashboard: gauges and counters of `ray.util.metrics`, tagged by run.
+"""Training state on the Ray dashboard: gauges of `ray.util.metrics`, tagged by run.
 
 Ray exports them as ``ray_tstar_*`` on every node's metrics port; in Prometheus or Grafana, for instance::
 
     ray_tstar_phase{run="NAME"} == 1                      what the loop is doing
     ray_tstar_accuracy{run="NAME"}                        rollout accuracy of the last update
-    rate(ray_tstar_verdicts_total{run="NAME"}[5m])        verifier outcomes
+    delta(ray_tstar_verdicts{run="NAME"}[5m])             verifier outcomes
     ray_tstar_groups{run="NAME", outcome="failed"}        groups that no sample could be scored for
 
-Every series is there from the start with 0, so that no selector meets a missing one.
+Every series is there from the start with 0, so that no selector meets a missing one; totals are gauges, because
+Ray's counters cannot start at 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Gauge
 
 PHASES = ("rollout", "train", "publish", "evaluate", "checkpoint")
 VERDICTS = ("correct", "wrong", "unparsable", "timeout", "crashed", "rejected")
@@ -49,7 +50,7 @@ class Metrics:
         self._gauges = {name: Gauge(f"tstar_{name}", text, ("run",)) for name, text in GAUGES.items()}
         self._phase = Gauge("tstar_phase", "1 for what the loop is doing", ("run", "phase"))
         self._groups = Gauge("tstar_groups", "groups by how they ended", ("run", "outcome"))
-        self._verdicts = Counter("tstar_verdicts", "verifications by outcome", ("run", "verdict"))
+        self._verdicts = Gauge("tstar_verdicts", "verifications by outcome", ("run", "verdict"))
         for metric in (*self._gauges.values(), self._phase, self._groups, self._verdicts):
             metric.set_default_tags(tags)
         for name in GAUGES:
@@ -57,8 +58,8 @@ class Metrics:
         for phase in PHASES:
             self._phase.set(0, {"phase": phase})
         self.count_groups(dict.fromkeys(OUTCOMES, 0))
-        for verdict in VERDICTS:
-            self._verdicts.inc(0, {"verdict": verdict})
+        self._verdict_totals = Tally(dict.fromkeys(VERDICTS, 0))
+        self.count_verdicts({})
         self._seconds: Tally[str] = Tally()
 
     def set(self, name: str, value: float) -> None:
@@ -72,8 +73,9 @@ class Metrics:
 
     def count_verdicts(self, verdicts: Mapping[str, int]) -> None:
         """Add verifications of one collection."""
-        for verdict, count in verdicts.items():
-            self._verdicts.inc(count, {"verdict": verdict})
+        self._verdict_totals.update(verdicts)
+        for verdict, total in self._verdict_totals.items():
+            self._verdicts.set(total, {"verdict": verdict})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

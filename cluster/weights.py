@@ -11,6 +11,7 @@ called `publish`, lives; a learner that was rebuilt publishes again.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from tstar_ray.weights import Proof, checksum
+
+_FETCH_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,10 @@ class ObjectStoreTransport:
         """The buffer, mapped from shared memory; read it, do not write to it."""
         import ray
 
-        array = ray.get(published.box[0], timeout=600)
-        array.flags.writeable = False
-        flat = torch.frombuffer(memoryview(array), dtype=_NUMPY_TO_TORCH[str(array.dtype)])
+        array = ray.get(published.box[0], timeout=_FETCH_S)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given (buffer|NumPy array) is not writable")
+            flat = torch.from_numpy(array)
         return flat.view(torch.bfloat16) if published.dtype == "bfloat16" else flat
 
     def serve(self, published: Published, actors: Mapping[str, Any], timeout_s: float) -> dict[str, str | None]:
@@ -82,6 +86,3 @@ class ObjectStoreTransport:
                     text = str(getattr(error, "cause", None) or error).strip()
                     outcome[names[ref]] = text.splitlines()[0] if text else type(error).__name__
         return outcome
-
-
-_NUMPY_TO_TORCH = {"float32": torch.float32, "int16": torch.int16, "float16": torch.float16, "float64": torch.float64}

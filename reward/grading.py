@@ -114,7 +114,7 @@ def warm_up() -> None:
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace, \{ or \}, groups nothing
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))", re.ASCII)
-_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\})(?=\d{3})")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!\s*|\{,\})(?=\d{3})")
 _SPACING = re.compile(r"(?<!\\)\\[!,:; ]|~|\s+")
 _SIZED = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 _PADDING = re.compile(r" ?([^\w\\ ]) ?")

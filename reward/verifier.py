@@ -1,299 +1,312 @@
-"""Verification that cannot hang, and never turns its own failures into zeros.
+"""A pool of processes that can be killed, for graders that can hang, crash or eat the memory.
 
-    verify(items) ──chunk──► worker process: grade, answer, grade, answer …      one socket each
-                  ◄─result──   every answer restarts the clock for the next item
-                     └─ none before the deadline ──► SIGKILL, verdict timeout, new worker, rest of the chunk again
-                     └─ socket closed ─────────────► verdict crashed,        new worker, rest of the chunk again
+    verify / submit ──inbox──► dispatcher thread ──one pipe each──► worker processes ──► grader(text, answer)
+         ▲                       │  deadline per item, SIGKILL,         │
+         └────── Future ◄────────┘  respawn, recycle     ◄──── one message per item
 
-The deadline of an item runs from when its worker begins it, never while it waits: a long queue cannot time out
-(invariant 7). An item that killed a worker is not tried again here; the caller decides what a missing reward
-means. Workers are fresh interpreters (no fork, no re-import of the caller's main module) in sessions of their
-own, so that Ctrl-C reaches only the caller; they die with the process that started them, even in mid-item.
+The dispatcher thread owns the workers; nothing else touches them, so there are no locks around processes.
+  * It waits for messages from workers, for new items and for the nearest deadline, whichever comes first.
+  * A deadline counts from the moment an item is its worker's turn: time spent waiting behind others, starting a
+    worker or importing sympy never counts, so load cannot fail a correct answer.
+  * An overrun is ``timeout``, a worker's death or an exception in the grader is ``crashed``, each for exactly that
+    item. It is never tried again: what hung once hangs twice. Items behind it go to other workers, unblamed.
+  * What the pool will not try is ``rejected``. Each outcome is counted; failures have no reward (invariant 7).
+
+Every call therefore ends: its items are bounded in time one by one, and if workers cannot start at all the pool
+breaks with RuntimeError instead of waiting. Workers exit when the parent does, however it ends: an idle one reads
+end-of-file, a busy one is ended by the kernel (SIGIO on its lifeline, even inside C code that holds the GIL).
+
+Workers are plain ``python -c`` children rather than ``multiprocessing`` ones: those import the parent's main
+module again, which under Ray means Ray itself and in a driver torch, in every worker, after every kill.
+Linux only: /proc and RLIMIT_AS bound the memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import fcntl
 import importlib
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import Any
-
-import psutil
+from multiprocessing.connection import Connection, Pipe, wait
 
 from reward.grading import Verdict
-
-_CHUNK = 64
-_PR_SET_PDEATHSIG = 1
-
-
-class VerifierError(RuntimeError):
-    """The workers cannot run at all: the grader is not importable, or processes do not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one verification ended."""
+    """How one item ended."""
 
     verdict: Verdict
-    """What became of it."""
+    """One of six outcomes; ``verdict.reward`` is what it is worth."""
     seconds: float
-    """From when the worker began it."""
+    """Grading time, 0 if rejected; without the wait for a worker."""
     detail: str = ""
-    """Why, where the verdict alone does not say."""
+    """Why, for outcomes that are not a grader's plain answer."""
 
 
-@dataclass(slots=True, eq=False)
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    ready: bool = False
-    chunk: list[int] = field(default_factory=list)
-    done: int = 0
-    began: float = 0.0
-    graded: int = 0
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a pool allows. Each bound ends in a typed verdict, never in a wait."""
+
+    deadline_s: float = 10.0
+    """Wall time for one item, from its worker's turn; beyond, the worker is killed: timeout."""
+    start_s: float = 60.0
+    """Wall time for a worker to start, and to warm up under an item that needs it."""
+    memory_mb: int = 2_048
+    """Resident memory at which a busy worker is killed: crashed. Looked at every 0.1 s; the kernel stops a jump
+    at ``memory_mb`` + 1 GiB of address space."""
+    max_rss_mb: int = 512
+    """Resident memory above which a worker is replaced between items (sympy's caches grow)."""
+    max_items: int = 20_000
+    """Items after which a worker is replaced."""
+    max_chars: int = 200_000
+    """Text and gold answer together; longer is rejected."""
+    max_waiting: int = 4_096
+    """Admission: while so many items of other calls wait for a worker, a new call is rejected whole and at once,
+    and the caller should slow down. An idle pool admits a call of any size and feeds it to workers as they
+    free up, so that no batch is rejected for being large."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 class VerifierPool:
-    """A fixed number of worker processes; for one calling thread at a time."""
+    """``workers`` killable processes running ``grader``, a "module:function" of (text, answer) -> Verdict.
 
-    def __init__(
-        self,
-        *,
-        workers: int = 1,
-        deadline_s: float = 10.0,
-        grader: str = "reward.grading:grade",
-        max_chars: int = 50_000,
-        memory_mb: int = 4096,
-        max_rss_mb: int = 1024,
-        max_items: int = 20_000,
-        start_s: float = 60.0,
-    ) -> None:
-        """``grader`` is (text, answer) -> Verdict as module:name. Texts longer than ``max_chars`` are rejected.
-        A worker may map ``memory_mb``; one that holds more than ``max_rss_mb``, or graded ``max_items``, is
-        replaced between items. Raises VerifierError when workers do not start within ``start_s``."""
-        self._deadline_s, self._start_s = deadline_s, start_s
-        self._grader, self._max_chars = grader, max_chars
-        self._memory_mb, self._max_rss_mb, self._max_items = memory_mb, max_rss_mb, max_items
-        self.counts: Counter[Verdict] = Counter()
-        """Verdicts so far."""
-        self.replaced = 0
-        """Workers killed or lost, recycled ones not counted."""
-        self._workers = [self._spawn() for _ in range(workers)]
-        try:
-            for worker in self._workers:
-                self._await_ready(worker)
-        except VerifierError:
-            self.close()
-            raise
+    The grader's module must be importable with the parent's ``sys.path``. If it has a function ``warm_up()``, each
+    worker runs that in the background from its start. All methods may be called from any thread.
+    """
+
+    def __init__(self, workers: int = 2, *, grader: str = "reward.grading:grade", limits: Limits | None = None) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        if len(grader.split(":")) != 2:
+            raise ValueError(f'grader must be "module:function", not {grader!r}')
+        self.grader = grader
+        self.limits = limits or Limits()
+        self._size = workers
+        self._workers: list[_Worker] = []
+        self._waiting: deque[_Item] = deque()
+        """Admitted, not yet with a worker; the dispatcher's own."""
+        self._inbox: deque[_Item] = deque()
+        self._wake_r, self._wake_w = Pipe(duplex=False)
+        self._barren_starts = 0
+        """Workers in a row that died without having had an item."""
+        self._lock = threading.Lock()
+        """Guards what callers share with the dispatcher: the three below, and the wake-up pipe."""
+        self._unassigned = 0
+        self._counts: Counter[Verdict] = Counter()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._respawns: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._dispatch_until_closed, name="verifier-pool", daemon=True)
+        self._thread.start()
+
+    # -- callers ---------------------------------------------------------------------------------------------
+
+    def submit(self, items: Sequence[tuple[str, str]]) -> Future[list[Result]]:
+        """Admit (completion text, gold answer) pairs; the future holds one result each, in order."""
+        call = _Call(len(items))
+        admitted: list[_Item] = []
+        rejected: list[tuple[_Item, str]] = []
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the verifier pool is closed") from self._failure
+            overloaded = self._unassigned >= self.limits.max_waiting
+            for place, (text, answer) in enumerate(items):
+                item = _Item(text, answer, call, place)
+                if len(text) + len(answer) > self.limits.max_chars:
+                    rejected.append((item, f"{len(text) + len(answer)} characters"))
+                elif overloaded:
+                    rejected.append((item, f"{self._unassigned} items waiting"))
+                else:
+                    admitted.append(item)
+            if admitted:
+                self._unassigned += len(admitted)
+                self._inbox.extend(admitted)
+                self._wake_w.send_bytes(b"x")
+        for item, reason in rejected:
+            self._finish(item, Result(Verdict.rejected, 0.0, reason))
+        if not items:
+            call.future.set_result([])
+        return call.future
+
+    def verify(self, items: Sequence[tuple[str, str]]) -> list[Result]:
+        """``submit`` and wait."""
+        future = self.submit(items)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise RuntimeError("the verifier pool's dispatcher is gone") from self._failure
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """Items ended so far, by verdict."""
+        with self._lock:
+            return {verdict: self._counts[verdict] for verdict in Verdict}
+
+    @property
+    def respawns(self) -> dict[str, int]:
+        """Workers replaced so far, by reason: timeout, died, memory, recycled."""
+        return {reason: self._respawns[reason] for reason in ("timeout", "died", "memory", "recycled")}
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the present workers."""
+        return [worker.process.pid for worker in list(self._workers)]
+
+    @property
+    def waiting(self) -> int:
+        """Items admitted that no worker has yet."""
+        with self._lock:
+            return self._unassigned
+
+    def close(self) -> None:
+        """Reject what is unfinished and end the workers. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._wake_w.send_bytes(b"x")
+        self._thread.join(timeout=10.0)
 
     def __enter__(self) -> VerifierPool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [worker.process.pid for worker in self._workers]
+    # -- dispatcher thread -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            self._kill(worker)
-        self._workers.clear()
+    def _dispatch_until_closed(self) -> None:
+        try:
+            self._workers = [_Worker(self.grader, self.limits) for _ in range(self._size)]
+            while not self._closed:
+                self._assign()
+                ready = wait([self._wake_r, *(w.pipe for w in self._workers)], timeout=self._patience())
+                if self._wake_r in ready:
+                    self._wake_r.recv_bytes()
+                while self._inbox:
+                    self._waiting.append(self._inbox.popleft())
+                for worker in [w for w in self._workers if w.pipe in ready]:
+                    self._receive(worker)
+                self._end_overruns()
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            with self._lock:
+                self._closed = True
+            for worker in self._workers:
+                worker.kill()
+            items = [item for worker in self._workers for item in worker.items]
+            for item in [*items, *self._waiting, *self._inbox]:
+                if self._failure is None:
+                    self._finish(item, Result(Verdict.rejected, 0.0, "pool closed"))
+                elif not item.call.future.done():
+                    item.call.future.set_exception(self._failure)
+            self._workers = []
+            self._wake_r.close()
+            with self._lock:
+                self._wake_w.close()
 
-    def verify(self, items: Sequence[tuple[str, str]]) -> list[Result]:
-        """One result for each (text, gold answer), in order. Returns in bounded time whatever the items are."""
-        if not self._workers:
-            results: list[Result | None] = [Result(Verdict.rejected, 0.0, "the pool is closed") for _ in items]
-        else:
-            results = [self._refusal(text) for text, _ in items]
-            self._run(items, results)
-        final = [result for result in results if result is not None]
-        assert len(final) == len(items)
-        self.counts.update(result.verdict for result in final)
-        return final
-
-    def _refusal(self, text: str) -> Result | None:
-        if len(text) <= self._max_chars:
-            return None
-        return Result(Verdict.rejected, 0.0, f"{len(text)} characters, at most {self._max_chars}")
-
-    def _run(self, items: Sequence[tuple[str, str]], results: list[Result | None]) -> None:
-        todo = deque(i for i, result in enumerate(results) if result is None)
-        size = max(1, min(_CHUNK, len(todo) // (4 * len(self._workers))))
-        while todo or any(worker.chunk for worker in self._workers):
+    def _assign(self) -> None:
+        """Give waiting items to workers: one each to work on, then one more to have at hand."""
+        for depth in range(_DEPTH):
             for worker in list(self._workers):
-                if worker.ready and not worker.chunk and todo:
-                    self._send(self._recycled(worker), [todo.popleft() for _ in range(min(size, len(todo)))], items)
-            limits = {worker: self._limit(worker) for worker in self._workers if worker.chunk or not worker.ready}
-            timeout = max(0.0, min(limits.values()) - time.monotonic())
-            heard = wait([worker.connection for worker in limits], timeout=timeout)
-            for worker in [w for w in limits if w.connection in heard]:
-                self._hear(worker, results, todo)
-            for worker, limit in limits.items():
-                if worker in self._workers and worker.connection not in heard and limit <= time.monotonic():
-                    self._overdue(worker, results, todo)
+                if not self._waiting:
+                    return
+                # A long text goes to an idle worker, which reads at once: it may not fit the pipe's buffer.
+                long = len(self._waiting[0].text) > _LONG_TEXT
+                if not worker.ready or worker.leaving or len(worker.items) != depth or (long and depth):
+                    continue
+                item = self._waiting.popleft()
+                try:
+                    worker.pipe.send((item.text, item.answer))
+                except OSError:  # it died between items, or does not read
+                    self._waiting.appendleft(item)
+                    self._replace(worker, "died")
+                    continue
+                worker.items.append(item)
+                if depth == 0:
+                    worker.turn_began = time.monotonic()
+                with self._lock:
+                    self._unassigned -= 1
 
-    def _limit(self, worker: _Worker) -> float:
-        return worker.began + (self._deadline_s if worker.ready else self._start_s)
-
-    def _send(self, worker: _Worker, chunk: list[int], items: Sequence[tuple[str, str]]) -> None:
-        worker.chunk, worker.done, worker.began = chunk, 0, time.monotonic()
-        with contextlib.suppress(OSError):  # a dead worker shows as end of file at the next wait
-            worker.connection.send([items[i] for i in chunk])
-
-    def _hear(self, worker: _Worker, results: list[Result | None], todo: deque[int]) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
-            message = worker.connection.recv()
+            message = worker.pipe.recv()
         except (EOFError, OSError):
-            if not worker.ready:
-                raise VerifierError(_why(worker)) from None
-            self._lose(worker, Verdict.crashed, _why(worker), results, todo)
+            self._end_item_and_replace(worker, Verdict.crashed, "died", "the worker process died")
             return
-        now = time.monotonic()
-        if not worker.ready:
+        worker.turn_began = time.monotonic()
+        if message == _READY:
             worker.ready = True
-            return
-        verdict, detail = message
-        results[worker.chunk[worker.done]] = Result(verdict, now - worker.began, detail)
-        worker.done, worker.began, worker.graded = worker.done + 1, now, worker.graded + 1
-        if worker.done == len(worker.chunk):
-            worker.chunk = []
+        elif message == _WARM:
+            worker.warm = True
+        else:
+            verdict, seconds, detail = message
+            worker.done += 1
+            self._barren_starts = 0
+            self._finish(worker.items.popleft(), Result(Verdict(verdict), seconds, detail))
+            if worker.done % 64 == 0 or seconds > 0.05:
+                worker.leaving |= worker.rss_mb() > self.limits.max_rss_mb
+            worker.leaving |= worker.done >= self.limits.max_items
+        if worker.leaving and not worker.items:
+            self._replace(worker, "recycled")
 
-    def _overdue(self, worker: _Worker, results: list[Result | None], todo: deque[int]) -> None:
-        if not worker.ready:
-            raise VerifierError(f"a verifier process did not start within {self._start_s:g} s")
-        self._lose(worker, Verdict.timeout, f"no verdict in {self._deadline_s:g} s", results, todo)
+    def _end_overruns(self) -> None:
+        now = time.monotonic()
+        for worker in list(self._workers):
+            if worker.pipe.closed or worker.pipe.poll(0):
+                continue  # it has answered while this thread was busy elsewhere
+            if now > worker.expires(self.limits):
+                detail = f"no answer in {now - worker.turn_began:.1f} s"
+                self._end_item_and_replace(worker, Verdict.timeout, "timeout", detail)
+            elif worker.items and now > worker.turn_began + _LOOK_S:
+                rss_mb = worker.rss_mb()
+                if rss_mb > self.limits.memory_mb:
+                    self._end_item_and_replace(worker, Verdict.crashed, "memory", f"{rss_mb:.0f} MB of memory")
 
-    def _lose(
-        self, worker: _Worker, verdict: Verdict, detail: str, results: list[Result | None], todo: deque[int]
-    ) -> None:
-        """Close the item a worker was lost on, put the rest of its chunk back, and start another worker."""
-        if worker.chunk:
-            seconds = time.monotonic() - worker.began
-            results[worker.chunk[worker.done]] = Result(verdict, seconds, detail)
-            todo.extendleft(reversed(worker.chunk[worker.done + 1 :]))
-        self.replaced += 1
-        self._replace(worker)
+    def _patience(self) -> float:
+        """Seconds until something must be looked at even if nobody reports."""
+        now = time.monotonic()
+        soonest = min(worker.expires(self.limits) for worker in self._workers) - now
+        busy = any(worker.items for worker in self._workers)
+        return min(max(soonest, 0.0), _LOOK_S if busy else 1.0)
 
-    def _replace(self, worker: _Worker) -> _Worker:
-        self._kill(worker)
-        fresh = self._spawn()
-        self._workers[self._workers.index(worker)] = fresh
-        return fresh
+    def _end_item_and_replace(self, worker: _Worker, verdict: Verdict, reason: str, detail: str) -> None:
+        """Replace a worker that failed; the item whose turn it was ends, those behind it wait again."""
+        if worker.items:
+            self._barren_starts = 0
+            seconds = time.monotonic() - worker.turn_began
+            self._finish(worker.items.popleft(), Result(verdict, seconds, detail))
+        self._replace(worker, reason)
 
-    def _recycled(self, worker: _Worker) -> _Worker:
-        """The worker, or a fresh one in its place when it grew too large or old."""
-        try:
-            rss_mb = psutil.Process(worker.process.pid).memory_info().rss / 2**20
-        except psutil.NoSuchProcess:
-            return worker
-        if worker.graded < self._max_items and rss_mb < self._max_rss_mb:
-            return worker
-        fresh = self._replace(worker)
-        self._await_ready(fresh)
-        return fresh
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        if reason != "recycled" and not worker.done and not worker.items:
+            pass
+        worker.kill()
+        self._respawns[reason] += 1
+        self._waiting.extendleft(reversed(worker.items))
+        with self._lock:
+            self._unassigned += len(worker.items)
+        self._workers[self._workers.index(worker)] = _Worker(self.grader, self.limits)
 
-    def _spawn(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", "from reward.verifier import serve; serve()"],
-                env=os.environ
-                | {
-                    "TSTAR_VERIFIER": f"{theirs.fileno()},{self._memory_mb},{self._grader}",
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                    "OMP_NUM_THREADS": "1",
-                },
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-        return _Worker(process, Connection(ours.detach()), began=time.monotonic())
-
-    def _await_ready(self, worker: _Worker) -> None:
-        if not worker.connection.poll(self._start_s):
-            raise VerifierError(f"a verifier process did not start within {self._start_s:g} s")
-        self._hear(worker, [], deque())
-
-    def _kill(self, worker: _Worker) -> None:
-        worker.process.kill()
-        worker.process.wait()
-        worker.connection.close()
-        if worker.process.stderr:
-            worker.process.stderr.close()
-
-
-def _why(worker: _Worker) -> str:
-    """How a worker ended, with the last line it wrote."""
-    try:
-        code = worker.process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        return "closed its socket"
-    assert worker.process.stderr is not None
-    os.set_blocking(worker.process.stderr.fileno(), False)
-    lines = (worker.process.stderr.read() or b"").decode(errors="replace").strip().splitlines()
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"worker ended by {how}" + (f": {lines[-1][:300]}" if lines else "")
-
-
-def load_grader(name: str) -> Callable[[str, str], Verdict]:
-    """A grading function by module:name; ValueError with the remedy where there is none."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward.grader={name!r} cannot be imported ({error}); write module:function") from error
-
-
-def serve() -> None:
-    """Body of a worker process: receive chunks, send one (verdict, detail) an item, end at end of file."""
-    descriptor, memory_mb, grader = os.environ["TSTAR_VERIFIER"].split(",", 2)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory_mb) << 20, int(memory_mb) << 20))
-    connection = Connection(int(descriptor))
-    grade = load_grader(grader)
-    connection.send("ready")
-    warm_up = getattr(sys.modules[grade.__module__], "warm_up", None)
-    if warm_up:
-        threading.Thread(target=warm_up, daemon=True).start()
-    while True:
-        try:
-            chunk = connection.recv()
-        except EOFError:
-            return
-        for text, answer in chunk:
-            connection.send(_grade_one(grade, text, answer))
-
-
-def _grade_one(grade: Callable[[str, str], Verdict], text: str, answer: str) -> tuple[Verdict, str]:
-    try:
-        return grade(text, answer), ""
-    except MemoryError:
-        os._exit(3)  # nothing after this can be relied on
-    except BaseException as error:  # some libraries raise BaseException for a time limit of their own
-        return Verdict.crashed, f"{type(error).__name__}: {error}"[:300]
-
-
-def summarise(counts: Counter[Any]) -> dict[str, int]:
-    """Every verdict with its count, zeros included."""
-    return {verdict.value: counts[verdict] for verdict in Verdict}
+    def _finish(self, item: _Item, result: Result) -> None:
+        with self._lock:
+            self._counts[result.verdict] += 1
+        item.call.end(item.place, result)

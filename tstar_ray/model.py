@@ -64,6 +64,7 @@ def block_attention(
 
 
 transformers.AttentionInterface.register("block_diffusion", block_attention)
+transformers.utils.logging.disable_progress_bar()
 
 
 class TrainLayout:
