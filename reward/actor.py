@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import platform
 from collections.abc import Sequence
 from typing import Any
 
-from reward.verifier import Result, VerifierPool, summarise
+from reward.verifier import Limits, Result, VerifierPool
 
 
 class RewardWorker:
@@ -15,13 +16,18 @@ class RewardWorker:
 
     def __init__(self, index: int, *, workers: int, deadline_s: float, grader: str) -> None:
         self._index = index
-        self._pool = VerifierPool(workers=workers, deadline_s=deadline_s, grader=grader)
+        try:
+            pkgutil.resolve_name(grader)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"reward.grader={grader!r} cannot be imported ({error}); write module:function") from error
+        self._pool = VerifierPool(workers, grader=grader, limits=Limits(deadline_s=deadline_s))
 
     def __repr__(self) -> str:
         return f"Reward({self._index})"
 
     def ready(self) -> str:
-        """Answer once the verifier processes run."""
+        """Answer once a verifier process graded something."""
+        self._pool.verify([("\\boxed{1}", "1")])
         return f"{self!r} on {platform.node()} pid {os.getpid()}"
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[Result]:
@@ -29,8 +35,8 @@ class RewardWorker:
         return self._pool.verify(items)
 
     def stats(self) -> dict[str, int]:
-        """Verdicts so far, and workers replaced."""
-        return summarise(self._pool.counts) | {"replaced": self._pool.replaced}
+        """Verdicts so far, and verifier processes replaced by reason."""
+        return {verdict.value: count for verdict, count in self._pool.counts.items()} | self._pool.respawns
 
 
 def remote_class() -> Any:

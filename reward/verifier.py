@@ -37,7 +37,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
 from reward.grading import Verdict
@@ -61,8 +61,8 @@ class Limits:
 
     deadline_s: float = 10.0
     """Wall time for one item, from its worker's turn; beyond, the worker is killed: timeout."""
-    start_s: float = 60.0
-    """Wall time for a worker to start, and to warm up under an item that needs it."""
+    start_s: float = 30.0
+    """Wall time for a worker to start, and again for its warm-up if an item comes to need that."""
     memory_mb: int = 2_048
     """Resident memory at which a busy worker is killed: crashed. Looked at every 0.1 s; the kernel stops a jump
     at ``memory_mb`` + 1 GiB of address space."""
@@ -102,16 +102,16 @@ class VerifierPool:
         self._waiting: deque[_Item] = deque()
         """Admitted, not yet with a worker; the dispatcher's own."""
         self._inbox: deque[_Item] = deque()
-        self._wake_r, self._wake_w = Pipe(duplex=False)
-        self._barren_starts = 0
-        """Workers in a row that died without having had an item."""
+        self._barren = 0
+        """Workers in a row that died with no item to blame."""
+        self._respawns: Counter[str] = Counter()
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        """Guards what callers share with the dispatcher: the three below, and the wake-up pipe."""
+        """Guards what callers share with the dispatcher: the rest of these, and the ends of calls."""
+        self._closed = False
         self._unassigned = 0
         self._counts: Counter[Verdict] = Counter()
-        self._closed = False
-        self._failure: BaseException | None = None
-        self._respawns: Counter[str] = Counter()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._dispatch_until_closed, name="verifier-pool", daemon=True)
         self._thread.start()
 
@@ -120,6 +120,7 @@ class VerifierPool:
     def submit(self, items: Sequence[tuple[str, str]]) -> Future[list[Result]]:
         """Admit (completion text, gold answer) pairs; the future holds one result each, in order."""
         call = _Call(len(items))
+        call.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only awaited
         admitted: list[_Item] = []
         rejected: list[tuple[_Item, str]] = []
         with self._lock:
@@ -137,7 +138,7 @@ class VerifierPool:
             if admitted:
                 self._unassigned += len(admitted)
                 self._inbox.extend(admitted)
-                self._wake_w.send_bytes(b"x")
+                os.eventfd_write(self._wake, 1)
         for item, reason in rejected:
             self._finish(item, Result(Verdict.rejected, 0.0, reason))
         if not items:
@@ -181,7 +182,7 @@ class VerifierPool:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._wake_w.send_bytes(b"x")
+                os.eventfd_write(self._wake, 1)
         self._thread.join(timeout=10.0)
 
     def __enter__(self) -> VerifierPool:
@@ -197,12 +198,12 @@ class VerifierPool:
             self._workers = [_Worker(self.grader, self.limits) for _ in range(self._size)]
             while not self._closed:
                 self._assign()
-                ready = wait([self._wake_r, *(w.pipe for w in self._workers)], timeout=self._patience())
-                if self._wake_r in ready:
-                    self._wake_r.recv_bytes()
+                ready = wait([self._wake, *(worker.pipe for worker in self._workers)], timeout=self._patience())
+                if self._wake in ready:
+                    os.eventfd_read(self._wake)
                 while self._inbox:
                     self._waiting.append(self._inbox.popleft())
-                for worker in [w for w in self._workers if w.pipe in ready]:
+                for worker in [worker for worker in self._workers if worker.pipe in ready]:
                     self._receive(worker)
                 self._end_overruns()
         except BaseException as failure:
@@ -210,18 +211,13 @@ class VerifierPool:
         finally:
             with self._lock:
                 self._closed = True
+                os.close(self._wake)
             for worker in self._workers:
                 worker.kill()
-            items = [item for worker in self._workers for item in worker.items]
-            for item in [*items, *self._waiting, *self._inbox]:
-                if self._failure is None:
-                    self._finish(item, Result(Verdict.rejected, 0.0, "pool closed"))
-                elif not item.call.future.done():
-                    item.call.future.set_exception(self._failure)
+            assigned = [item for worker in self._workers for item in worker.items]
             self._workers = []
-            self._wake_r.close()
-            with self._lock:
-                self._wake_w.close()
+            for item in [*assigned, *self._waiting, *self._inbox]:
+                self._finish(item, Result(Verdict.rejected, 0.0, "the pool closed"))
 
     def _assign(self) -> None:
         """Give waiting items to workers: one each to work on, then one more to have at hand."""
@@ -236,9 +232,9 @@ class VerifierPool:
                 item = self._waiting.popleft()
                 try:
                     worker.pipe.send((item.text, item.answer))
-                except OSError:  # it died between items, or does not read
+                except OSError:  # it has died, or does not read
                     self._waiting.appendleft(item)
-                    self._replace(worker, "died")
+                    self._fail(worker, Verdict.crashed, "died", "the worker process died")
                     continue
                 worker.items.append(item)
                 if depth == 0:
@@ -250,7 +246,7 @@ class VerifierPool:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
-            self._end_item_and_replace(worker, Verdict.crashed, "died", "the worker process died")
+            self._fail(worker, Verdict.crashed, "died", "the worker process died")
             return
         worker.turn_began = time.monotonic()
         if message == _READY:
@@ -260,45 +256,45 @@ class VerifierPool:
         else:
             verdict, seconds, detail = message
             worker.done += 1
-            self._barren_starts = 0
+            self._barren = 0
             self._finish(worker.items.popleft(), Result(Verdict(verdict), seconds, detail))
-            if worker.done % 64 == 0 or seconds > 0.05:
-                worker.leaving |= worker.rss_mb() > self.limits.max_rss_mb
             worker.leaving |= worker.done >= self.limits.max_items
+            if worker.done % 64 == 0 or seconds > _LOOK_S:
+                worker.leaving |= worker.rss_mb() > self.limits.max_rss_mb
         if worker.leaving and not worker.items:
             self._replace(worker, "recycled")
 
     def _end_overruns(self) -> None:
         now = time.monotonic()
         for worker in list(self._workers):
-            if worker.pipe.closed or worker.pipe.poll(0):
-                continue  # it has answered while this thread was busy elsewhere
             if now > worker.expires(self.limits):
-                detail = f"no answer in {now - worker.turn_began:.1f} s"
-                self._end_item_and_replace(worker, Verdict.timeout, "timeout", detail)
+                if not worker.pipe.poll(0):  # else it has answered while this thread was busy
+                    detail = f"no answer in {now - worker.turn_began:.1f} s"
+                    self._fail(worker, Verdict.timeout, "timeout", detail)
             elif worker.items and now > worker.turn_began + _LOOK_S:
                 rss_mb = worker.rss_mb()
                 if rss_mb > self.limits.memory_mb:
-                    self._end_item_and_replace(worker, Verdict.crashed, "memory", f"{rss_mb:.0f} MB of memory")
+                    self._fail(worker, Verdict.crashed, "memory", f"{rss_mb:.0f} MB of memory")
 
     def _patience(self) -> float:
-        """Seconds until something must be looked at even if nobody reports."""
-        now = time.monotonic()
-        soonest = min(worker.expires(self.limits) for worker in self._workers) - now
+        """Seconds after which to look at workers even if none reports."""
+        soonest = min(worker.expires(self.limits) for worker in self._workers) - time.monotonic()
         busy = any(worker.items for worker in self._workers)
         return min(max(soonest, 0.0), _LOOK_S if busy else 1.0)
 
-    def _end_item_and_replace(self, worker: _Worker, verdict: Verdict, reason: str, detail: str) -> None:
-        """Replace a worker that failed; the item whose turn it was ends, those behind it wait again."""
+    def _fail(self, worker: _Worker, verdict: Verdict, reason: str, detail: str) -> None:
+        """Replace a worker that failed. The item whose turn it was ends; those behind it wait again."""
         if worker.items:
-            self._barren_starts = 0
             seconds = time.monotonic() - worker.turn_began
             self._finish(worker.items.popleft(), Result(verdict, seconds, detail))
+            self._barren = 0
+        else:
+            self._barren += 1
+            if self._barren >= _BARREN_LIMIT:
+                raise RuntimeError(f"workers for {self.grader!r} do not start; their stderr says why")
         self._replace(worker, reason)
 
     def _replace(self, worker: _Worker, reason: str) -> None:
-        if reason != "recycled" and not worker.done and not worker.items:
-            pass
         worker.kill()
         self._respawns[reason] += 1
         self._waiting.extendleft(reversed(worker.items))
@@ -307,6 +303,139 @@ class VerifierPool:
         self._workers[self._workers.index(worker)] = _Worker(self.grader, self.limits)
 
     def _finish(self, item: _Item, result: Result) -> None:
+        """End an item once and for all, and its call with its last one."""
+        call = item.call
         with self._lock:
             self._counts[result.verdict] += 1
-        item.call.end(item.place, result)
+            call.results[item.place] = result
+            call.left -= 1
+            ended = call.left == 0
+        if not ended:
+            return
+        if self._failure is not None:
+            call.future.set_exception(self._failure)
+        else:
+            call.future.set_result(call.results)
+
+
+_DEPTH = 2  # items a worker holds: one at work and one at hand, which hides the round trip
+_LONG_TEXT = 16_384  # characters; two shorter ones fit the buffer of a pipe whatever they hold
+_LOOK_S = 0.1  # how often a busy worker's memory is looked at
+_PIPE_S = 5  # limit on one read or write: only a stopped process takes longer
+_BARREN_LIMIT = 5
+_READY, _WARM = "ready", "warm"
+
+
+class _Call:
+    """One ``submit``."""
+
+    def __init__(self, size: int) -> None:
+        self.future: Future[list[Result]] = Future()
+        self.results = [Result(Verdict.rejected, 0.0)] * size
+        self.left = size
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    text: str
+    answer: str
+    call: _Call
+    place: int
+    """Index in the call."""
+
+
+class _Worker:
+    """The parent's side of one worker process."""
+
+    def __init__(self, grader: str, limits: Limits) -> None:
+        self.items: deque[_Item] = deque()
+        """Sent and not answered; it is the first one's turn."""
+        self.turn_began = time.monotonic()
+        self.ready = False
+        """It has imported the grader."""
+        self.warm = False
+        """Its warm-up is over, so that the deadline applies."""
+        self.leaving = False
+        """It gets no more items and is replaced after those it has."""
+        self.done = 0
+        self.pipe, theirs = Pipe()
+        lifeline, self._lifeline = os.pipe()
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
+                end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PIPE_S, 0))
+        arguments = [str(argument) for argument in (theirs.fileno(), lifeline, grader, limits.memory_mb + 1024)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from reward.verifier import _serve; _serve()", *arguments],
+            pass_fds=(theirs.fileno(), lifeline),
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what libraries print must not get into the parent's standard output
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        theirs.close()
+        os.close(lifeline)
+
+    def expires(self, limits: Limits) -> float:
+        """Time at which it must be killed if it has not reported."""
+        if self.ready and not self.items:
+            return float("inf")
+        return self.turn_began + (limits.deadline_s if self.warm else limits.start_s)
+
+    def rss_mb(self) -> float:
+        # Not ru_maxrss, which a child takes over from its parent, tens of GB in a learner.
+        try:
+            with open(f"/proc/{self.process.pid}/statm") as statm:
+                return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+        except OSError:
+            return 0.0  # it has just died, which its pipe reports
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.pipe.close()
+        os.close(self._lifeline)
+        try:
+            self.process.wait(timeout=_PIPE_S)
+        except subprocess.TimeoutExpired:
+            pass  # stuck in the kernel; subprocess reaps it later
+
+
+def _serve() -> None:
+    """A worker process: answer items one by one until the parent closes the pipe."""
+    pipe_fd, lifeline, grader, address_mb = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(int(lifeline), fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(int(lifeline), fcntl.F_SETFL, os.O_ASYNC)  # from now on, closing its other end ends this process
+    resource.setrlimit(resource.RLIMIT_AS, (int(address_mb) * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe: Connection = Connection(int(pipe_fd))
+    sending = threading.Lock()
+
+    def report(message: object) -> None:
+        with sending:
+            pipe.send(message)
+
+    def warm_up_and_report() -> None:
+        try:
+            warm_up()
+        finally:
+            report(_WARM)
+
+    module_name, function_name = grader.split(":")
+    module = importlib.import_module(module_name)
+    function: Callable[[str, str], Verdict] = getattr(module, function_name)
+    report(_READY)
+    if warm_up := getattr(module, "warm_up", None):
+        threading.Thread(target=warm_up_and_report, daemon=True).start()
+    else:
+        report(_WARM)
+    while True:
+        try:
+            text, answer = pipe.recv()
+        except (EOFError, OSError):
+            return
+        began = time.perf_counter()
+        try:
+            verdict, detail = Verdict(function(text, answer)), ""
+        except BaseException as error:  # math-verify's TimeoutException, for one, is not an Exception
+            verdict, detail = Verdict.crashed, f"{type(error).__name__}: {str(error)[:200]}"
+        report((verdict.value, time.perf_counter() - began, detail))

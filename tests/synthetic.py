@@ -1,5 +1,8 @@
 """Small random models and trajectories for tests that need no decoding."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 import transformers
@@ -63,3 +66,56 @@ def make_trajectory(
         weight_versions=np.full(blocks, version, dtype=np.int64),
         stop_reason="stop",
     ).validate()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_checkpoint_folder(folder: Path, corpus: Path, *, model_type: str = "qwen3") -> Path:
+    """A random checkpoint as SDAR ships its own: byte-level BPE trained on ``corpus``, ChatML, mask token, and a
+    vocabulary larger than the tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    with corpus.open() as lines:
+        tokenizer.train_from_iterator([line for line, _ in zip(lines, range(200))], trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", mask_token="<|MASK|>"
+    )
+    fast.chat_template = CHATML
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(fast) + 12,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+    )
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    if model_type == "sdar":
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        values |= {
+            "model_type": "sdar",
+            "architectures": ["SDARForCausalLM"],
+            "auto_map": {"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+            "mask_token_id": fast.mask_token_id,
+            "block_size": 4,
+            "fuse_cross_entropy": True,
+        }
+        path.write_text(json.dumps(values))
+    return folder

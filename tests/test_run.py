@@ -1,0 +1,324 @@
+"""The whole loop as a user runs it: real processes, Ray, DeepSpeed, math verification, signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tstar_ray.blocks import build_slices
+from tstar_ray.checkpoint import newest_checkpoint
+from tstar_ray.model import inspect_checkpoint, load_checkpoint
+from tstar_ray.trajectory import read_traces
+
+pytestmark = pytest.mark.cluster
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SMALL = [
+    "curriculum.blocks=[4,8]",
+    "curriculum.updates=[2,2]",
+    "rollout.problems=6",
+    "rollout.group_size=4",
+    "eval.problems=12",
+    "eval.every=0",
+    "run.checkpoint_every=1",
+]
+
+
+def command(folder, *settings):
+    return [sys.executable, "-m", "tstar_ray.run", f"run.dir={folder}", "run.name=job", *settings]
+
+
+def environment(**more):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return kept | {"COLUMNS": "200"} | more
+
+
+def run(folder, *settings, timeout=300, expect=0, **more):
+    """Run to the end; returns the run folder and everything printed."""
+    job = subprocess.run(
+        command(folder, *settings),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        env=environment(**more),
+        check=False,
+    )
+    output = job.stdout + job.stderr
+    assert job.returncode == expect, output
+    return Path(folder) / "job", output
+
+
+def records(folder, kind="update"):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """Two rollout actors, two reward actors, two learner ranks, a stage change with a bridge, several steps."""
+    folder, output = run(
+        tmp_path_factory.mktemp("full"),
+        *SMALL,
+        "curriculum.bridge_updates=1",
+        "actors.count=2",
+        "reward.count=2",
+        "learner.ranks=2",
+        "learner.steps_per_update=2",
+    )
+    return folder, output
+
+
+def test_a_whole_run_walks_through_its_stages_and_says_so(full):
+    folder, output = full
+    assert [r["stage"] for r in records(folder)] == ["b4", "b4", "b4-8", "b8", "b8"]
+    for text in (
+        "private Ray cluster",
+        "stage b4-8: rollout block 4, train block 8",
+        "trained accuracy",
+        "replay check",
+    ):
+        assert text in output
+    result = json.loads((folder / "result.json").read_text())
+    assert [e["decoding"]["block_size"] for e in result["before"]] == [4, 8]
+    assert [e["decoding"]["block_size"] for e in result["after"]] == [4, 8]
+    assert all(0 <= e["low"] <= e["accuracy"] <= e["high"] <= 1 for e in result["before"] + result["after"])
+
+
+def test_invariant_6_every_dispatched_group_ended(full):
+    ended = {}
+    for r in records(full[0]):
+        assert r["groups/trained"] + r["groups/filtered"] + r["groups/failed"] == 6
+        ended[r["update"]] = r["groups/trained"]
+    state = newest_checkpoint(full[0] / "checkpoints", refused=pytest.fail).state
+    assert state["ledger"]["dispatched"] == sum(state["ledger"]["ended"].values()) == 30
+    assert state["ledger"]["ended"]["trained"] == sum(ended.values())
+
+
+def test_invariant_11_stage_changes_are_clean(full):
+    """No trajectory mixes block sizes, no batch mixes stages, and each was decoded by exactly the version before."""
+    version = 0
+    for r in records(full[0]):
+        groups = read_traces(full[0] / "traces" / f"update-{r['update']:05d}.parquet")
+        trajectories = [s.trajectory for g in groups for s in g.samples]
+        assert len(trajectories) == 24
+        assert {t.block_size for t in trajectories} == {8 if r["stage"] == "b8" else 4}
+        assert {int(v) for t in trajectories for v in t.weight_versions} == {version}
+        version += "learner/loss" in r
+
+
+def test_invariant_1_replay_error_is_measured_in_every_update_that_can(full):
+    for r in records(full[0]):
+        if "learner/loss" in r and r["stage"] != "b4-8":
+            assert r["learner/replay_error"] < 1e-4
+        else:
+            assert "learner/replay_error" not in r, "not comparable in a bridge"
+
+
+def test_invariant_2_every_recorded_completion_token_is_a_target_exactly_once(full):
+    for file in sorted((full[0] / "traces").glob("*.parquet")):
+        for sample in (s for g in read_traces(file) for s in g.samples):
+            t = sample.trajectory
+            slices = build_slices(
+                token_ids=t.token_ids,
+                step_map=t.step_map,
+                prompt_len=t.prompt_len,
+                completion_len=t.completion_len,
+                block_size=8,
+                mask_id=1,
+            )
+            positions = (slices.block[:, None] * 8 + np.arange(8))[slices.target]
+            assert sorted(positions) == list(range(t.prompt_len, t.prompt_len + t.completion_len))
+
+
+def test_invariant_4_token_ids_go_end_to_end(full):
+    """The text in the traces is what the ids decode to, and the prompt ids are those of the question."""
+    tokenizer = inspect_checkpoint("embedded")[0]
+    for group in read_traces(full[0] / "traces" / "update-00001.parquet"):
+        for sample in group.samples:
+            t = sample.trajectory
+            assert tokenizer.decode(t.completion_ids, skip_special_tokens=True) == sample.text
+            assert tokenizer.decode(t.token_ids[: t.prompt_len]) == group.problem.question
+
+
+def test_outputs_open_with_plain_tools(full):
+    folder, _ = full
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert AutoTokenizer.from_pretrained(folder / "final").mask_token == "<|MASK|>"
+    start = load_checkpoint("embedded").model
+    moved = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), start.hf.parameters()))
+    assert moved > 0, "the final model was trained"
+    load_checkpoint(folder / "final")  # and is a block-diffusion checkpoint again
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learner"]["ranks"] == 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("rollout/accuracy")) == 5
+    assert {"learner/loss", "learner/entropy", "rollout/tpf", "seconds/train", "idle/learner"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+def test_a_folder_that_holds_a_run_is_refused(full):
+    _, output = run(full[0].parent, *SMALL, timeout=60, expect=2)
+    assert "already holds a run; choose another run.name, or continue it with run.resume=" in output
+
+
+def test_ctrl_c_saves_and_resume_goes_on_to_the_same_result(tmp_path):
+    """SIGINT to the whole process group, as a terminal sends it, during the second update."""
+    settings = [*SMALL, "curriculum.updates=[4,3]", "run.checkpoint_every=100"]
+    job = subprocess.Popen(
+        command(tmp_path, *settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment(),
+    )
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if line.split()[:1] == ["1/7"]:
+            os.killpg(job.pid, signal.SIGINT)
+            break
+    rest, _ = job.communicate(timeout=120)
+    output = "".join(lines) + rest
+    assert job.returncode == 130, output
+    assert "SIGINT: finishing this update, then saving" in output
+    assert "continue with run.resume=" in output
+    assert "Traceback" not in output
+    made = newest_checkpoint(tmp_path / "job" / "checkpoints", refused=pytest.fail).state["update"]
+    assert 1 <= made <= 3
+    _, output = run(tmp_path, *settings, f"run.resume={tmp_path / 'job'}")
+    assert f"after update {made}" in output
+    assert [r["update"] for r in records(tmp_path / "job")] == list(range(1, 8)), "no update is lost or made twice"
+    straight, _ = run(tmp_path, *settings, "run.name=straight", expect=0)
+    same = json.loads((tmp_path / "straight" / "result.json").read_text())
+    assert json.loads((tmp_path / "job" / "result.json").read_text())["after"] == same["after"]
+    a, b = (load_checkpoint(tmp_path / n / "final").model for n in ("job", "straight"))
+    for name, parameter in a.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy(), dict(b.named_parameters())[name].detach().numpy())
+
+
+def test_sigterm_leaves_no_process_behind(tmp_path):
+    job = subprocess.Popen(
+        command(tmp_path, *SMALL, "curriculum.updates=[50,50]"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment(TSTAR_TEST_MARK=str(tmp_path)),
+    )
+    for line in job.stdout:
+        if line.split()[:1] == ["1/100"]:
+            break
+    assert _marked(str(tmp_path)), "actors carry the driver's environment"
+    job.terminate()
+    job.communicate(timeout=120)
+    assert job.returncode == 130
+    deadline = time.monotonic() + 30
+    while _marked(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _marked(str(tmp_path))
+
+
+def _marked(mark):
+    """Processes whose environment carries the mark of a test."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"TSTAR_TEST_MARK={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+def test_gsm8k_with_a_random_qwen3_of_its_own_tokenizer(tmp_path):
+    """Real data, a chat template, and a checkpoint that knows nothing: all groups are filtered, nothing breaks."""
+    from synthetic import make_checkpoint_folder
+
+    model = make_checkpoint_folder(tmp_path / "model", SHARED / "gsm8k_train.jsonl", model_type="sdar")
+    folder, output = run(
+        tmp_path,
+        *SMALL,
+        f"model.path={model}",
+        f"data.train={SHARED / 'gsm8k_train.jsonl'}",
+        f"data.eval={SHARED / 'gsm8k_test.jsonl'}",
+        "data.limit=40",
+        "rollout.max_new_tokens=24",
+    )
+    assert "40 problems to train on, 12 held out" in output
+    groups = read_traces(folder / "traces" / "update-00001.parquet")
+    first = json.loads((SHARED / "gsm8k_train.jsonl").read_text().splitlines()[0])
+    questions = {g.problem.question for g in groups}
+    assert len(questions) == 6
+    assert first["question"] in {json.loads(x)["question"] for x in (SHARED / "gsm8k_train.jsonl").open()}
+    prompt = AutoTokenizer.from_pretrained(model).decode(groups[0].samples[0].trajectory.token_ids[:12])
+    assert prompt.startswith("<|im_start|>user")
+    for r in records(folder):
+        assert r["groups/filtered"] == 6
+        assert "learner/loss" not in r, "without contrast there is no update"
+        assert r["verdict/unparsable"] == 24
+
+
+BAD_STARTS = [
+    (["actors.gpus=1", "learner.gpus=1"], "3 GPUs asked (2 rollout actors x actors.gpus=1 + 1 learner ranks"),
+    (["model.path=/nowhere"], "no readable config.json there"),
+    (["data.train=/nowhere.jsonl"], "data.train=/nowhere.jsonl: no such file"),
+    (["cluster.address=127.0.0.1:1"], "no Ray cluster answers at '127.0.0.1:1'"),
+    (["run.resume=/nowhere"], "run.resume=/nowhere: no run folder"),
+    (["run.dir=/proc/x"], "cannot make /proc/x/job"),
+    (["reward.grader=nowhere:grade"], "nowhere"),
+    (["actors.cont=1"], "unknown setting; did you mean count?"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_STARTS, ids=[s[0].split("=")[0] for s, _ in BAD_STARTS])
+def test_a_failing_start_is_a_clear_message_in_seconds(tmp_path, settings, message):
+    start = time.monotonic()
+    _, output = run(tmp_path, *SMALL, *settings, timeout=90, expect=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert time.monotonic() - start < 60
+
+
+def test_a_damaged_weight_file_is_named(tmp_path):
+    import shutil
+
+    from tstar_ray.model import EMBEDDED_FOLDER
+
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_FOLDER, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    _, output = run(tmp_path, *SMALL, f"model.path={model}", timeout=90, expect=2)
+    assert f"model {model}: its weights cannot be read" in output
+    assert "Traceback" not in output
+
+
+def test_a_dashboard_port_in_use_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        _, output = run(
+            tmp_path, *SMALL, "cluster.dashboard=true", f"cluster.dashboard_port={port}", timeout=90, expect=2
+        )
+    assert f"port {port} is in use; set cluster.dashboard_port to a free one" in output
+
+
+def test_print_config_shows_what_would_run_and_runs_nothing(tmp_path):
+    _, output = run(tmp_path, "actors.count=7", "--print-config", timeout=60)
+    assert yaml.safe_load(output)["actors"]["count"] == 7
+    assert not (tmp_path / "job").exists()
