@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -206,7 +207,7 @@ def load_checkpoint(
             attn_implementation="block_diffusion",
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path}: its weights cannot be read: {error}") from error
     problems = [f"missing {k}" for k in info["missing_keys"]] + [f"undefined {k}" for k in info["unexpected_keys"]]
     if problems:
