@@ -18,6 +18,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,14 +134,22 @@ def sft_loss(
     return (losses / p.expand(rows, width)[masked]).sum() / answer.sum()
 
 
-def train(model: BlockDiffusionLM, loss_of, *, steps: int, lr: float, label: str) -> None:
-    """AdamW, linear warm-up, cosine to a twentieth."""
+def train(
+    model: BlockDiffusionLM,
+    loss_of: Callable[[], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    final: float,
+    label: str,
+) -> None:
+    """AdamW, linear warm-up, cosine to ``final`` times ``lr``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     start, total = time.time(), 0.0
     model.train()
     for step in range(steps):
         warm = min(1.0, (step + 1) / 50)
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        cosine = final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * cosine
         loss = loss_of()
@@ -186,6 +195,7 @@ def main() -> None:
     parser.add_argument("--ar-lr", type=float, default=3e-3)
     parser.add_argument("--sft-steps", type=int, default=500)
     parser.add_argument("--sft-lr", type=float, default=1.5e-3)
+    parser.add_argument("--sft-final", type=float, default=1.0, help="last learning rate of the SFT over its first")
     parser.add_argument("--mixture", default="4:0.88,8:0.08,16:0.04", help="share of each block size in the SFT")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--problems", type=int, default=60_000)
@@ -205,6 +215,7 @@ def main() -> None:
             lambda: ar_loss(model, *corpus.batch(rng, arguments.batch, 1)),
             steps=arguments.ar_steps,
             lr=arguments.ar_lr,
+            final=0.05,
             label="AR",
         )
         if arguments.ar_weights:
@@ -216,7 +227,7 @@ def main() -> None:
         block = rng.choices(blocks, weights)[0]
         return sft_loss(model, *corpus.batch(rng, arguments.batch, block), block)
 
-    train(model, sft, steps=arguments.sft_steps, lr=arguments.sft_lr, label="SFT")
+    train(model, sft, steps=arguments.sft_steps, lr=arguments.sft_lr, final=arguments.sft_final, label="SFT")
     checkpoint = Checkpoint(model, tokenizer, (tokenizer.eos_token_id,))
     model.hf.config.block_size = 4
     model.hf.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)

@@ -1,0 +1,336 @@
+"""Cluster parts on a real private Ray: weights that must be proven, lost actors, foreign clusters, metrics."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from actors.rollout import remote_class as rollout_class
+from cluster.metrics import GAUGES, OUTCOMES, PHASES, VERDICTS, Metrics
+from cluster.placement import wait_ready
+from cluster.pool import ActorPool
+from cluster.session import ClusterError, connect
+from cluster.weights import ObjectStoreTransport
+from reward.actor import remote_class as reward_class
+from tstar_ray.collector import Collector, Limits
+from tstar_ray.config import ActorsConfig, ClusterConfig, ModelConfig
+from tstar_ray.data import PromptedProblem
+from tstar_ray.decoding import Decoding
+from tstar_ray.model import inspect_checkpoint, load_checkpoint
+from tstar_ray.problems import Problem
+from tstar_ray.weights import Proof, checksum, flatten
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def session():
+    with connect(ClusterConfig(), namespace="test") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def start_weights():
+    return flatten(load_checkpoint("embedded").model)
+
+
+class Holder:
+    """An actor that takes weights: correctly, with one bit flipped, never, or by dying."""
+
+    def __init__(self, behaviour):
+        self.behaviour = behaviour
+
+    def pid(self):
+        return os.getpid()
+
+    def load_weights(self, published):
+        flat = ObjectStoreTransport().fetch(published).clone()
+        if self.behaviour == "flip":
+            flat.view(torch.int32)[7] ^= 1
+        if self.behaviour == "hang":
+            time.sleep(600)
+        if self.behaviour == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        version = published.version - 1 if self.behaviour == "old" else published.version
+        return Proof(version, checksum(flat))
+
+
+def test_invariant_8_only_proven_weights_serve(session, start_weights):
+    actors = {b: ray.remote(Holder).options(num_cpus=0).remote(b) for b in ("good", "flip", "hang", "die", "old")}
+    pids = wait_ready({b: a.pid.remote() for b, a in actors.items()}, 60, "holders")
+    transport = ObjectStoreTransport()
+    published = transport.publish(start_weights, 4)
+    start = time.monotonic()
+    outcome = transport.serve(published, actors, timeout_s=5)
+    assert time.monotonic() - start < 15
+    assert outcome["good"] is None
+    assert f"published is {published.proof}" in outcome["flip"]
+    assert "version=3" in outcome["old"]
+    assert outcome["hang"] == "no answer in 5 s"
+    assert outcome["die"]
+    assert not Path(f"/proc/{pids['die']}").exists(), "the fault really happened"
+    for actor in actors.values():
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_arrive_bit_for_bit(session, dtype):
+    flat = torch.randn(1001).to(dtype)
+    published = ObjectStoreTransport().publish(flat, 2)
+    found = ObjectStoreTransport().fetch(published)
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), flat.view(torch.uint8))
+    assert published.size_bytes == flat.numel() * flat.itemsize
+
+
+def test_invariant_8_a_rollout_actor_refuses_any_version_but_the_one_it_proved(session, start_weights):
+    transport = ObjectStoreTransport()
+    actor = rollout_class().options(num_cpus=0.1).remote(0, ModelConfig(), ActorsConfig(), threads=1, weights=transport)
+    info = wait_ready({"rollout-0": actor.ready.remote()}, 120, "actor")["rollout-0"]
+    assert info.proof == Proof(0, checksum(start_weights))
+    other = start_weights + 0.01
+    assert transport.serve(transport.publish(other, 7), {"a": actor}, 60) == {"a": None}
+    decoding = Decoding(block_size=4, max_new_tokens=16, stop_ids=(0,))
+    with pytest.raises(ray.exceptions.RayTaskError, match="serves weights 7, asked to decode with 6"):
+        ray.get(actor.generate.remote([], decoding, 6), timeout=60)
+    ray.kill(actor)
+
+
+SHAKY = '''
+import os, signal, time
+from reward.grading import Verdict, grade as real
+
+def grade(text, answer):
+    """Hangs on one answer of the batch, dies on another, and grades the rest."""
+    if answer == "11":
+        time.sleep(600)
+    if answer == "12":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(text, answer)
+'''
+
+
+@pytest.fixture(scope="module")
+def parts(session, start_weights, tmp_path_factory):
+    """A collector with real rollout and reward actors and weights served as version 0."""
+    folder = tmp_path_factory.mktemp("grader")
+    (folder / "shaky_grader.py").write_text(SHAKY)
+    events = []
+    transport, rollout, reward = ObjectStoreTransport(), rollout_class(), reward_class()
+    environment = {"env_vars": {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"}}
+    rollouts = ActorPool(
+        "rollout",
+        lambda i, name: rollout.options(name=name, num_cpus=0.1).remote(
+            i, ModelConfig(), ActorsConfig(max_batch=2), threads=1, weights=transport
+        ),
+        count=2,
+        max_restarts=2,
+    )
+    rewards = ActorPool(
+        "reward",
+        lambda i, name: reward.options(name=name, num_cpus=0.1, runtime_env=environment).remote(
+            i, workers=1, deadline_s=1.0, grader="shaky_grader:grade"
+        ),
+        count=1,
+        max_restarts=2,
+    )
+    wait_ready({n: a.ready.remote() for p in (rollouts, rewards) for n, a in p.handles.items()}, 120, "actors")
+    limits = Limits(rollout_s=120, reward_s=5, start_s=60, max_attempts=2)
+    collector = Collector(rollouts, rewards, transport, limits, seed=1, on_event=events.append)
+    collector.serve(transport.publish(start_weights, 0))
+    yield collector, rollouts, rewards, events
+    rollouts.stop()
+    rewards.stop()
+
+
+def ask(count, answers=None, first=0):
+    tokenizer = inspect_checkpoint("embedded")[0]
+    question = "Mia has 12 pens. Mia buys 5. Mia loses 7. How many pens?"
+    ids = tuple(tokenizer(question)["input_ids"])
+    answers = answers or ["10"] * count
+    return {first + i: PromptedProblem(Problem(str(i), question, answers[i]), ids) for i in range(count)}
+
+
+DECODING = Decoding(block_size=4, max_new_tokens=64, stop_ids=(0,))
+
+
+def test_groups_come_back_whole_and_in_order(parts):
+    found = parts[0].collect(ask(5, first=40), DECODING, group_size=3)
+    assert [g.group_id for g in found.groups] == [40, 41, 42, 43, 44]
+    for group in found.groups:
+        assert [s.trajectory.sample for s in group.samples] == [0, 1, 2]
+        prompts = {s.trajectory.token_ids[: s.trajectory.prompt_len].tobytes() for s in group.samples}
+        assert len(prompts) == 1
+    assert sum(found.verdicts.values()) == 15
+    assert (found.failed, found.retries) == ([], 0)
+
+
+def test_invariant_7_a_verifier_that_hangs_or_dies_gives_no_reward_and_its_group_fails(parts):
+    """Every sample of the second and third group kills or hangs its verifier: none of them is scored 0."""
+    found = parts[0].collect(ask(3, ["10", "11", "12"], first=50), DECODING, group_size=2)
+    assert [g.group_id for g in found.groups] == [50]
+    assert sorted(found.failed) == [51, 52]
+    assert found.verdicts["timeout"] >= 2
+    assert found.verdicts["crashed"] >= 2
+    assert found.retries == 4, "each of their samples was replaced once before they were given up"
+    assert all(s.verdict in ("correct", "wrong", "unparsable") for s in found.groups[0].samples)
+
+
+def test_a_killed_rollout_actor_is_replaced_proves_its_weights_and_nothing_is_lost(parts):
+    collector, rollouts, _, events = parts
+    name, actor = next(iter(rollouts.handles.items()))
+    victim = ray.get(actor.ready.remote(), timeout=60).pid
+    killer = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep(.3); os.kill({victim}, 9)"])
+    found = collector.collect(ask(60, first=100), DECODING, group_size=4)
+    killer.wait()
+    assert not Path(f"/proc/{victim}").exists(), "the fault really happened"
+    assert rollouts.restarts == 1, "and the recovery ran"
+    assert name not in rollouts.handles
+    assert any(f"{name} was lost" in e and "takes its place" in e for e in events)
+    assert [g.group_id for g in found.groups] == list(range(100, 160))
+    assert all(len(g.samples) == 4 for g in found.groups)
+    assert {int(v) for g in found.groups for s in g.samples for v in s.trajectory.weight_versions} == {0}
+
+
+def test_a_killed_reward_actor_is_replaced_and_its_samples_are_scored_again(parts):
+    collector, _, rewards, _ = parts
+    ray.kill(next(iter(rewards.handles.values())))
+    found = collector.collect(ask(4, first=300), DECODING, group_size=2)
+    assert rewards.restarts == 1
+    assert [len(g.samples) for g in found.groups] == [2] * 4
+
+
+def test_past_the_restart_budget_the_run_ends_with_a_message(session):
+    pool = ActorPool(
+        "echo", lambda i, n: ray.remote(Holder).options(num_cpus=0).remote("good"), count=1, max_restarts=1
+    )
+    name = pool.replace("echo-0", "gone")
+    assert name == "echo-0-r1"
+    with pytest.raises(ClusterError, match="echo-0-r1 was lost .again., and the echo actors' 1 restarts are used up"):
+        pool.replace(name, "again")
+
+
+def test_invariant_12_an_actor_that_cannot_be_placed_is_named_in_bounded_time(session):
+    actor = ray.remote(Holder).options(num_cpus=64).remote("good")
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match=r"actors not ready after 2 s: big-0. The cluster has 2 CPU, 0 GPU"):
+        wait_ready({"big-0": actor.pid.remote()}, 2, "actors")
+    assert time.monotonic() - start < 10
+    ray.kill(actor)
+
+
+def test_an_actors_own_message_reaches_the_user(session):
+    actor = (
+        rollout_class()
+        .options(num_cpus=0.1)
+        .remote(0, ModelConfig(path="/nowhere"), ActorsConfig(), threads=1, weights=ObjectStoreTransport())
+    )
+    with pytest.raises(ClusterError, match=r"rollout-0 did not start: .*no readable config.json there"):
+        wait_ready({"rollout-0": actor.ready.remote()}, 60, "actors")
+
+
+def test_every_metric_is_on_the_endpoint_from_the_start(session):
+    metrics = Metrics(run="scrape")
+    with metrics.phase("train"):
+        metrics.set("accuracy", 0.25)
+    metrics.count_groups({"trained": 3})
+    metrics.count_verdicts({"correct": 5})
+    port = ray.nodes()[0]["MetricsExportPort"]
+    host = ray.nodes()[0]["NodeManagerAddress"]
+    series = [f"ray_tstar_{name}" for name in GAUGES]
+    deadline = time.monotonic() + 40
+    text = ""
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        if "ray_tstar_verdicts" in text and re.search(r'ray_tstar_accuracy\{[^}]*run="scrape"[^}]*\} 0.25', text):
+            break
+        time.sleep(1)
+
+    def value(name, **tags):
+        for line in text.splitlines():
+            if (
+                line.startswith(name + "{")
+                and 'run="scrape"' in line
+                and all(f'{k}="{v}"' in line for k, v in tags.items())
+            ):
+                return float(line.rsplit(" ", 1)[1])
+        return None
+
+    assert [s for s in series if value(s) is None] == []
+    assert {p: value("ray_tstar_phase", phase=p) for p in PHASES} == dict.fromkeys(PHASES, 0.0)
+    assert {o: value("ray_tstar_groups", outcome=o) for o in OUTCOMES} == dict.fromkeys(OUTCOMES, 0.0) | {
+        "trained": 3.0
+    }
+    assert {v: value("ray_tstar_verdicts", verdict=v) for v in VERDICTS} == dict.fromkeys(VERDICTS, 0.0) | {
+        "correct": 5.0
+    }
+    assert metrics.take_seconds()["train"] >= 0
+    assert metrics.take_seconds() == {}
+
+
+FOREIGN = """
+import ray, time, sys
+ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], namespace="foreign")
+@ray.remote(num_cpus=0)
+class Counter:
+    def __init__(self): self.n = 0
+    def add(self): self.n += 1; return self.n
+c = Counter.options(name="kept").remote()
+print(ray.get(c.add.remote()), flush=True)
+sys.stdin.readline()
+print(ray.get(c.add.remote()), flush=True)
+"""
+
+OURS = """
+import os
+from cluster.session import connect
+from tstar_ray.config import ClusterConfig
+before = dict(os.environ)
+with connect(ClusterConfig(), namespace="ours") as session:
+    assert session.private and session.temp_dir.is_dir()
+    folder = session.temp_dir
+assert not folder.exists(), folder
+changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+assert not {k for k in changed if k.startswith("RAY_AUTH")}, changed
+print("closed")
+"""
+
+
+def test_invariant_12_another_cluster_on_the_machine_is_left_alone(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "disabled",
+        "HOME": str(tmp_path),
+    }
+    temp = f"/tmp/foreign-{os.getpid()}"
+    foreign = subprocess.Popen(
+        [sys.executable, "-c", FOREIGN, temp],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert foreign.stdout.readline().strip() == "1"
+        del environment["RAY_AUTH_MODE"]
+        ours = subprocess.run(
+            [sys.executable, "-c", OURS], capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+        assert ours.stdout.strip().endswith("closed"), ours.stderr
+        assert not (tmp_path / ".ray").exists(), "nothing is written into the user's home"
+        foreign.stdin.write("\n")
+        foreign.stdin.flush()
+        assert foreign.stdout.readline().strip() == "2", "its actor still counts"
+    finally:
+        foreign.kill()
+        foreign.wait()
+        subprocess.run(["rm", "-rf", temp], check=False)

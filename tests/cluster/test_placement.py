@@ -1,0 +1,46 @@
+"""Fitting actors into clusters: a table, no Ray."""
+
+import pytest
+
+from cluster.placement import plan
+from cluster.session import ClusterError
+from tstar_ray.config import load_config
+
+
+def test_a_laptop_shares_its_cores():
+    placement = plan(load_config(), {"CPU": 2.0})
+    total = 2 * placement.rollout["num_cpus"] + placement.reward["num_cpus"] + placement.learner["num_cpus"]
+    assert total <= 2.0
+    assert (placement.rollout_threads, placement.learner_threads) == (1, 2)
+    assert "3.5 CPU cores asked, 2 there" in placement.notes[0]
+
+
+def test_enough_cores_are_given_as_asked():
+    placement = plan(load_config(), {"CPU": 16.0})
+    assert placement.rollout == {"num_cpus": 1.0, "num_gpus": 0}
+    assert (placement.rollout_threads, placement.learner_threads) == (8, 16)
+    assert placement.notes == ()
+
+
+def test_gpus_are_given_as_asked():
+    config = load_config(None, ["actors.gpus=1", "actors.count=6", "learner.gpus=1", "learner.ranks=2"])
+    placement = plan(config, {"CPU": 64.0, "GPU": 8.0})
+    assert placement.rollout["num_gpus"] == placement.learner["num_gpus"] == 1
+    assert placement.reward["num_gpus"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "resources", "message"),
+    [
+        (
+            ["actors.gpus=1", "actors.count=4", "learner.gpus=1", "learner.ranks=2"],
+            {"CPU": 64.0, "GPU": 4.0},
+            r"6 GPUs asked \(4 rollout actors x actors.gpus=1 \+ 2 learner ranks x learner.gpus=1\), the cluster has 4",
+        ),
+        (["actors.gpus=1", "learner.gpus=1"], {"CPU": 2.0, "GPU": 8.0}, "3.5 CPU cores asked, the cluster has 2"),
+        ([], {"GPU": 1.0}, "no CPU resource"),
+    ],
+)
+def test_what_cannot_fit_is_said_at_once(settings, resources, message):
+    with pytest.raises(ClusterError, match=message):
+        plan(load_config(None, settings), resources)
