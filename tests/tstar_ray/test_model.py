@@ -1,0 +1,219 @@
+"""Checkpoints: what loads, that it computes what plain transformers computes, and what is refused and how."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from reference import plain_twin
+from safetensors.torch import load_file, save_file
+from synthetic import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tstar_ray.blocks import train_visibility
+from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, TrainLayout, load_checkpoint
+from tstar_ray.weights import checksum, flatten, load_flat
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        values.pop(key, None)
+        if value is not None:
+            values[key] = value
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return tmp_path / "model"
+
+
+def staircase(length, block):
+    grid = torch.arange(length) // block
+    return (grid[None] <= grid[:, None])[None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_logits_equal_plain_transformers_under_the_same_mask(architecture):
+    torch.manual_seed(0)
+    if architecture == "qwen3":
+        model = make_model()
+        twin = plain_twin(model)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            initializer_range=0.1,
+        )
+        twin = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+        hf = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="block_diffusion").eval()
+        hf.load_state_dict(twin.state_dict())
+        model = BlockDiffusionLM(hf, mask_id=63, token_limit=62)
+    ids, visible = torch.randint(0, 60, (2, 21)), staircase(21, 4).expand(2, 21, 21)
+    positions = torch.arange(21).expand(2, 21)
+    expected = twin(ids, attention_mask=visible[:, None], position_ids=positions).logits
+    found = model.hf.lm_head(model.hidden(ids, positions, TrainLayout(visible, torch.float32)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_forward_without_a_layout_fails_instead_of_running_causally():
+    with pytest.raises(TypeError, match="layout"):
+        make_model().hf(torch.tensor([[1, 2, 3]]))
+
+
+@torch.no_grad()
+def test_trap_5_padding_and_packing_do_not_change_log_probs():
+    model = make_model()
+    ids, position = torch.randint(0, 60, (1, 12)), torch.arange(12)[None]
+    zeros = torch.zeros_like(ids)
+    index, targets = torch.arange(12), torch.randint(0, 60, (12,))
+
+    def logprobs(ids, position, document, block, offset):
+        visible = train_visibility(document, block, torch.full_like(ids, -1))
+        return model(ids, position, TrainLayout(visible, torch.float32), index + offset, targets)[0]
+
+    alone = logprobs(ids, position, zeros, position // 4, 0)
+    pad = torch.full_like(ids, 3)
+    left = logprobs(
+        torch.cat([pad, ids], 1),
+        torch.cat([zeros, position], 1),
+        torch.cat([zeros - 1, zeros], 1),
+        torch.cat([zeros, position // 4], 1),
+        12,
+    )
+    other = torch.cat([torch.randint(0, 60, (1, 12)), ids], 1)
+    packed = logprobs(other, position.repeat(1, 2), torch.cat([zeros, zeros + 1], 1), (position // 4).repeat(1, 2), 12)
+    torch.testing.assert_close(left, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_the_head_in_chunks_gives_the_same_log_probs_and_gradient(chunk):
+    model = make_model()
+    ids, position = torch.randint(0, 60, (1, 12)), torch.arange(12)[None]
+    layout = TrainLayout(staircase(12, 4), torch.float32)
+    results = []
+    for size in (4096, chunk):
+        model.zero_grad()
+        logprobs, entropy = model(ids, position, layout, torch.arange(12), torch.arange(12), 0.7, size)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), entropy, flatten_grad(model)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def flatten_grad(model):
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+
+def test_trap_25_undefined_ids_have_no_probability():
+    model = make_model()
+    logits = model.logits(torch.randn(3, 48))
+    assert (logits[:, 62:] == -torch.inf).all(), "beyond the tokenizer, and the mask token"
+    assert torch.isfinite(logits[:, :62]).all()
+
+
+def test_sdar_checkpoints_load_as_qwen3_without_remote_code(folder):
+    plain = load_checkpoint(folder).model
+    edit_config(
+        folder,
+        model_type="sdar",
+        architectures=["SDARForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+        fuse_cross_entropy=True,
+        attn_implementation="flex_attention",
+    )
+    found = load_checkpoint(folder)
+    assert found.model.mask_id == plain.mask_id
+    assert torch.equal(flatten(found.model), flatten(plain))
+
+
+def test_saved_checkpoints_open_with_plain_transformers(folder, tmp_path):
+    edit_config(folder, model_type="sdar")
+    found = load_checkpoint(folder)
+    found.save(tmp_path / "out")
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(reopened) is transformers.Qwen3ForCausalLM
+    assert torch.equal(flatten(reopened), flatten(found.model))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == found.tokenizer.get_vocab()
+    again = load_checkpoint(tmp_path / "out")
+    assert (again.model.mask_id, again.stop_ids) == (found.model.mask_id, found.stop_ids)
+
+
+def test_trap_18_every_end_of_text_id_stops(folder):
+    edit_config(folder, eos_token_id=[5, 6])
+    assert set(load_checkpoint(folder).stop_ids) == {0, 5, 6}
+
+
+def drop_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def poison_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_mask(folder):
+    edit_config(folder, mask_token_id=None)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|MASK|>", "<|other|>").replace('"mask_token"', '"other_token"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "no readable config.json there"),
+        (lambda f: edit_config(f, model_type="gpt2"), "model_type 'gpt2' is not served; known are qwen3, sdar, llama"),
+        (lambda f: edit_config(f, use_sliding_window=True), "sliding-window attention"),
+        (lambda f: edit_config(f, mask_token_id=4000), "mask token id 4000 lies outside"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
+        (lose_mask, "no mask token in its config or tokenizer; set model.mask_token_id"),
+        (drop_weight, "missing model.layers.0.self_attn.q_proj.weight"),
+        (poison_weight, "model.norm.weight holds values that are not finite"),
+        (truncate_weights, "its weights cannot be read"),
+    ],
+)
+def test_an_unusable_checkpoint_is_named_with_what_is_wrong(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(folder)
+    assert message in str(error.value)
+
+
+def test_flat_weights_round_trip_and_prove_themselves():
+    source, target = make_model(1), make_model(2)
+    flat = flatten(source)
+    assert checksum(flat) != checksum(flatten(target))
+    load_flat(target, flat)
+    assert checksum(flatten(target)) == checksum(flat)
+    one_bit = flat.clone()
+    one_bit.view(torch.int32)[1234] ^= 1
+    assert checksum(one_bit) != checksum(flat)
+    with pytest.raises(ValueError, match="flat buffer holds"):
+        load_flat(target, flat[:-1])
+
+
+def test_tied_embeddings_travel_once():
+    embedded = load_checkpoint("embedded").model
+    assert embedded.hf.config.tie_word_embeddings
+    assert flatten(embedded).numel() == sum(p.numel() for p in set(embedded.parameters()))

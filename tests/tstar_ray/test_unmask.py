@@ -1,0 +1,163 @@
+"""Sampling and unmasking against plain Python loops and exact distributions."""
+
+import numpy as np
+import pytest
+import torch
+from reference import choose as plain_choose
+from reference import kept_by_truncation
+
+from tstar_ray.decoding import Decoding
+from tstar_ray.unmask import choose, draw, truncate, uniforms
+
+
+def decoding(**settings):
+    return Decoding(**{"block_size": 8, "max_new_tokens": 8, "stop_ids": (0,)} | settings)
+
+
+def chosen(masked, confidence, entropy, quota, settings):
+    found = choose(
+        torch.tensor([masked]), torch.tensor([confidence]), torch.tensor([entropy]), torch.tensor([quota]), settings
+    )
+    return found[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy"])
+def test_choose_equals_a_plain_loop(strategy):
+    rng = np.random.default_rng(0)
+    settings = decoding(strategy=strategy, threshold=0.6, entropy_bound=1.0)
+    for _ in range(500):
+        masked = rng.random(8) < 0.6
+        masked[rng.integers(8)] = True
+        confidence = np.round(rng.random(8), 1).astype(np.float32)  # rounded, so that ties occur
+        entropy = np.round(rng.random(8), 1).astype(np.float32)
+        quota = int(rng.integers(0 if strategy == "dynamic" else 1, 9))
+        expected = plain_choose(
+            {p: (confidence[p], float(entropy[p])) for p in np.flatnonzero(masked)}, quota, settings
+        )
+        if strategy == "entropy" and np.isclose(np.cumsum(np.sort(entropy[masked])), 1.0, atol=1e-6).any():
+            continue  # the bound itself is met within rounding
+        assert chosen(masked, confidence, entropy, quota, settings) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "quota", "threshold", "expected"),
+    [
+        ([0.9, 0.91, 0.2, 0.95], 1, 0.9, [1, 3]),  # strictly above
+        ([0.5, 0.5, 0.5, 0.5], 2, 0.9, [0, 1]),  # ties to the lowest position
+        ([0.1, 0.2, 0.3, 0.2], 1, 0.9, [2]),  # at least the quota
+        ([1.0, 1.0, 1.0, 1.0], 1, 1.0, [0]),  # nothing is above 1
+        ([0.1, 0.1, 0.1, 0.1], 9, 0.9, [0, 1, 2, 3]),  # a quota past the masked ones (trap 16)
+    ],
+)
+def test_trap_21_dynamic_table(confidence, quota, threshold, expected):
+    assert chosen([True] * 4, confidence, [0.0] * 4, quota, decoding(threshold=threshold)) == expected
+
+
+def test_trap_16_revealed_positions_are_never_chosen():
+    for strategy in ("static", "dynamic", "sequential", "entropy"):
+        settings = decoding(strategy=strategy, threshold=0.0)
+        assert chosen([False, True, False, True], [1.0] * 4, [0.0] * 4, 4, settings) == [1, 3]
+
+
+def test_sequential_reveals_the_leftmost_masked():
+    assert chosen([False, True, False, True, True], [0.0] * 5, [0.0] * 5, 2, decoding(strategy="sequential")) == [1, 3]
+
+
+def test_entropy_reveals_the_most_certain_within_the_bound_and_at_least_one():
+    settings = decoding(strategy="entropy", entropy_bound=0.5)
+    assert chosen([True] * 4, [0.0] * 4, [0.3, 0.1, 0.05, 0.9], 1, settings) == [0, 1, 2]
+    assert chosen([True] * 4, [0.0] * 4, [0.9, 0.8, 2.0, 0.9], 1, settings) == [1]
+
+
+@pytest.mark.parametrize(("steps", "quotas"), [(8, [1] * 8), (4, [2] * 4), (3, [3, 3, 2]), (1, [8])])
+def test_static_quotas_sum_to_the_block(steps, quotas):
+    settings = decoding(denoising_steps=steps)
+    assert [settings.quota(s) for s in range(steps)] == quotas
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "random"}, "strategy='random'; choose one of dynamic, static, sequential, entropy"),
+        ({"denoising_steps": 9}, "denoising_steps=9; must lie in 1..block_size=8"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"confidence": "logit"}, "confidence='logit'; choose one of raw, sampled"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(ValueError) as error:
+        decoding(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 6, "top_p": 0.8}], ids=str
+)
+def test_draws_follow_the_distribution(settings):
+    """Frequencies of 40,000 draws within five standard deviations of the exact probabilities."""
+    count, temperature = 40_000, settings.get("temperature", 1.0)
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
+    logits[5] = -torch.inf
+    numbers = uniforms(torch.arange(count), torch.zeros(count).long(), torch.ones(count).long())
+    found = draw(logits.expand(count, 12), numbers, decoding(**settings))
+    density = torch.log_softmax(logits / temperature, -1).double().numpy()
+    kept = kept_by_truncation(density, settings.get("top_k", 0), settings.get("top_p", 1.0))
+    exact = np.where(kept, np.exp(density), 0)
+    exact /= exact.sum()
+    seen = np.bincount(found.token, minlength=12) / count
+    assert (seen[exact == 0] == 0).all()
+    assert (np.abs(seen - exact) < 5 * np.sqrt(exact * (1 - exact) / count) + 1e-9).all()
+    np.testing.assert_allclose(found.logprob, density[found.token], atol=1e-5, err_msg="untruncated (trap 23)")
+
+
+def test_trap_22_temperature_changes_the_log_prob_and_not_the_raw_confidence():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    cold = draw(logits, torch.tensor([0.0]), decoding(temperature=0.25))
+    plain = draw(logits, torch.tensor([0.0]), decoding())
+    assert cold.token == plain.token == 0
+    assert cold.confidence == plain.confidence == pytest.approx(torch.softmax(logits, -1)[0, 0].item())
+    assert cold.logprob.item() == pytest.approx(torch.log_softmax(logits * 4, -1)[0, 0].item(), abs=1e-6)
+
+
+def test_trap_20_top_k_one_does_not_make_everything_certain():
+    logits = torch.tensor([[1.0, 0.9, 0.8, 0.0]])
+    found = draw(logits, torch.tensor([0.3]), decoding(top_k=1))
+    assert found.token == 0
+    assert found.confidence < 0.4
+    sampled = draw(logits, torch.tensor([0.3]), decoding(top_k=1, confidence="sampled"))
+    assert sampled.confidence == 1.0
+
+
+def test_greedy_takes_the_likeliest_and_records_its_log_prob_at_temperature_one():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    found = draw(logits, torch.tensor([0.999]), decoding(temperature=0.0))
+    assert found.token == 1
+    assert found.logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item())
+
+
+def test_truncate_equals_a_plain_loop():
+    rng = np.random.default_rng(1)
+    for top_k, top_p in [(0, 0.5), (3, 1.0), (5, 0.7), (50, 0.999)]:
+        density = torch.log_softmax(torch.tensor(rng.normal(size=(20, 30))), -1)
+        found = truncate(density, top_k=top_k, top_p=top_p)
+        for row, expected in zip(found, density):
+            kept = kept_by_truncation(expected.numpy(), top_k, top_p)
+            np.testing.assert_array_equal(np.isfinite(row), kept)
+            assert row.exp().sum().item() == pytest.approx(1.0)
+
+
+def test_uniform_numbers_are_uniform_and_do_not_depend_on_one_another():
+    n = 200_000
+    for axis in range(3):
+        arguments = [torch.full((n,), 12345)] * 3
+        arguments[axis] = torch.arange(n)
+        numbers = uniforms(*arguments).double().numpy()
+        assert 0 <= numbers.min() < numbers.max() < 1
+        histogram = np.histogram(numbers, bins=100, range=(0, 1))[0]
+        assert ((histogram - n / 100) ** 2 / (n / 100)).sum() < 99 + 6 * np.sqrt(2 * 99)
+        assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 5 / np.sqrt(n)
+    grid = uniforms(*torch.meshgrid(*[torch.arange(50)] * 3, indexing="ij")).flatten()
+    # 125,000 draws of 24 bits repeat about 465 times by chance
+    assert len(grid) - len(grid.unique()) < 700
