@@ -177,5 +177,5 @@ def _parse(answer: str) -> list[Any]:
         f"\\boxed{{{answer}}}",
         extraction_config=[LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)],
         fallback_mode="no_fallback",
-        parsing_timeout=None,  # type: ignore[arg-type]  # None is its documented "no limit"
+        parsing_timeout=None,  # its documented "no limit"
     )

@@ -13,34 +13,24 @@ The dispatcher thread owns the workers; nothing else touches them, so there are 
   * What the pool will not try is ``rejected``. Each outcome is counted; failures have no reward (invariant 7).
 
 Every call therefore ends: its items are bounded in time one by one, and if workers cannot start at all the pool
-breaks with RuntimeError instead of waiting. Workers exit when the parent does, however it ends: an idle one reads
-end-of-file, a busy one is ended by the kernel (SIGIO on its lifeline, even inside C code that holds the GIL).
-
-Workers are plain ``python -c`` children rather than ``multiprocessing`` ones: those import the parent's main
-module again, which under Ray means Ray itself and in a driver torch, in every worker, after every kill.
-Linux only: /proc and RLIMIT_AS bound the memory.
+breaks with RuntimeError instead of waiting.
 """
 
 from __future__ import annotations
 
-import fcntl
-import importlib
 import os
-import resource
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import wait
 
 from reward.grading import Verdict
+from reward.worker import READY, WARM, Limits, Worker
+
+__all__ = ["Limits", "Result", "VerifierPool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +43,6 @@ class Result:
     """Grading time, 0 if rejected; without the wait for a worker."""
     detail: str = ""
     """Why, for outcomes that are not a grader's plain answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a pool allows. Each bound ends in a typed verdict, never in a wait."""
-
-    deadline_s: float = 10.0
-    """Wall time for one item, from its worker's turn; beyond, the worker is killed: timeout."""
-    start_s: float = 30.0
-    """Wall time for a worker to start, and again for its warm-up if an item comes to need that."""
-    memory_mb: int = 2_048
-    """Resident memory at which a busy worker is killed: crashed. Looked at every 0.1 s; the kernel stops a jump
-    at ``memory_mb`` + 1 GiB of address space."""
-    max_rss_mb: int = 512
-    """Resident memory above which a worker is replaced between items (sympy's caches grow)."""
-    max_items: int = 20_000
-    """Items after which a worker is replaced."""
-    max_chars: int = 200_000
-    """Text and gold answer together; longer is rejected."""
-    max_waiting: int = 4_096
-    """Admission: while so many items of other calls wait for a worker, a new call is rejected whole and at once,
-    and the caller should slow down. An idle pool admits a call of any size and feeds it to workers as they
-    free up, so that no batch is rejected for being large."""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 class VerifierPool:
@@ -98,7 +60,7 @@ class VerifierPool:
         self.grader = grader
         self.limits = limits or Limits()
         self._size = workers
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker[_Item]] = []
         self._waiting: deque[_Item] = deque()
         """Admitted, not yet with a worker; the dispatcher's own."""
         self._inbox: deque[_Item] = deque()
@@ -195,7 +157,7 @@ class VerifierPool:
 
     def _dispatch_until_closed(self) -> None:
         try:
-            self._workers = [_Worker(self.grader, self.limits) for _ in range(self._size)]
+            self._workers = [Worker[_Item](self.grader, self.limits) for _ in range(self._size)]
             while not self._closed:
                 self._assign()
                 ready = wait([self._wake, *(worker.pipe for worker in self._workers)], timeout=self._patience())
@@ -242,16 +204,16 @@ class VerifierPool:
                 with self._lock:
                     self._unassigned -= 1
 
-    def _receive(self, worker: _Worker) -> None:
+    def _receive(self, worker: Worker[_Item]) -> None:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
             self._fail(worker, Verdict.crashed, "died", "the worker process died")
             return
         worker.turn_began = time.monotonic()
-        if message == _READY:
+        if message == READY:
             worker.ready = True
-        elif message == _WARM:
+        elif message == WARM:
             worker.warm = True
         else:
             verdict, seconds, detail = message
@@ -282,7 +244,7 @@ class VerifierPool:
         busy = any(worker.items for worker in self._workers)
         return min(max(soonest, 0.0), _LOOK_S if busy else 1.0)
 
-    def _fail(self, worker: _Worker, verdict: Verdict, reason: str, detail: str) -> None:
+    def _fail(self, worker: Worker[_Item], verdict: Verdict, reason: str, detail: str) -> None:
         """Replace a worker that failed. The item whose turn it was ends; those behind it wait again."""
         if worker.items:
             seconds = time.monotonic() - worker.turn_began
@@ -294,13 +256,13 @@ class VerifierPool:
                 raise RuntimeError(f"workers for {self.grader!r} do not start; their stderr says why")
         self._replace(worker, reason)
 
-    def _replace(self, worker: _Worker, reason: str) -> None:
+    def _replace(self, worker: Worker[_Item], reason: str) -> None:
         worker.kill()
         self._respawns[reason] += 1
         self._waiting.extendleft(reversed(worker.items))
         with self._lock:
             self._unassigned += len(worker.items)
-        self._workers[self._workers.index(worker)] = _Worker(self.grader, self.limits)
+        self._workers[self._workers.index(worker)] = Worker[_Item](self.grader, self.limits)
 
     def _finish(self, item: _Item, result: Result) -> None:
         """End an item once and for all, and its call with its last one."""
@@ -321,9 +283,7 @@ class VerifierPool:
 _DEPTH = 2  # items a worker holds: one at work and one at hand, which hides the round trip
 _LONG_TEXT = 16_384  # characters; two shorter ones fit the buffer of a pipe whatever they hold
 _LOOK_S = 0.1  # how often a busy worker's memory is looked at
-_PIPE_S = 5  # limit on one read or write: only a stopped process takes longer
 _BARREN_LIMIT = 5
-_READY, _WARM = "ready", "warm"
 
 
 class _Call:
@@ -342,100 +302,3 @@ class _Item:
     call: _Call
     place: int
     """Index in the call."""
-
-
-class _Worker:
-    """The parent's side of one worker process."""
-
-    def __init__(self, grader: str, limits: Limits) -> None:
-        self.items: deque[_Item] = deque()
-        """Sent and not answered; it is the first one's turn."""
-        self.turn_began = time.monotonic()
-        self.ready = False
-        """It has imported the grader."""
-        self.warm = False
-        """Its warm-up is over, so that the deadline applies."""
-        self.leaving = False
-        """It gets no more items and is replaced after those it has."""
-        self.done = 0
-        self.pipe, theirs = Pipe()
-        lifeline, self._lifeline = os.pipe()
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
-                end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PIPE_S, 0))
-        arguments = [str(argument) for argument in (theirs.fileno(), lifeline, grader, limits.memory_mb + 1024)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from reward.verifier import _serve; _serve()", *arguments],
-            pass_fds=(theirs.fileno(), lifeline),
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what libraries print must not get into the parent's standard output
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-        )
-        theirs.close()
-        os.close(lifeline)
-
-    def expires(self, limits: Limits) -> float:
-        """Time at which it must be killed if it has not reported."""
-        if self.ready and not self.items:
-            return float("inf")
-        return self.turn_began + (limits.deadline_s if self.warm else limits.start_s)
-
-    def rss_mb(self) -> float:
-        # Not ru_maxrss, which a child takes over from its parent, tens of GB in a learner.
-        try:
-            with open(f"/proc/{self.process.pid}/statm") as statm:
-                return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
-        except OSError:
-            return 0.0  # it has just died, which its pipe reports
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.pipe.close()
-        os.close(self._lifeline)
-        try:
-            self.process.wait(timeout=_PIPE_S)
-        except subprocess.TimeoutExpired:
-            pass  # stuck in the kernel; subprocess reaps it later
-
-
-def _serve() -> None:
-    """A worker process: answer items one by one until the parent closes the pipe."""
-    pipe_fd, lifeline, grader, address_mb = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(int(lifeline), fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(int(lifeline), fcntl.F_SETFL, os.O_ASYNC)  # from now on, closing its other end ends this process
-    resource.setrlimit(resource.RLIMIT_AS, (int(address_mb) * 2**20,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pipe: Connection = Connection(int(pipe_fd))
-    sending = threading.Lock()
-
-    def report(message: object) -> None:
-        with sending:
-            pipe.send(message)
-
-    def warm_up_and_report() -> None:
-        try:
-            warm_up()
-        finally:
-            report(_WARM)
-
-    module_name, function_name = grader.split(":")
-    module = importlib.import_module(module_name)
-    function: Callable[[str, str], Verdict] = getattr(module, function_name)
-    report(_READY)
-    if warm_up := getattr(module, "warm_up", None):
-        threading.Thread(target=warm_up_and_report, daemon=True).start()
-    else:
-        report(_WARM)
-    while True:
-        try:
-            text, answer = pipe.recv()
-        except (EOFError, OSError):
-            return
-        began = time.perf_counter()
-        try:
-            verdict, detail = Verdict(function(text, answer)), ""
-        except BaseException as error:  # math-verify's TimeoutException, for one, is not an Exception
-            verdict, detail = Verdict.crashed, f"{type(error).__name__}: {str(error)[:200]}"
-        report((verdict.value, time.perf_counter() - began, detail))

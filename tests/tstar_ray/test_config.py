@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,14 @@ def test_an_unreadable_file_is_named(tmp_path):
     broken.write_text("- 1")
     with pytest.raises(ConfigError, match="expected sections"):
         load_config(broken)
+
+
+def test_the_configuration_page_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "make_configuration.py"
+    found = subprocess.run([sys.executable, str(page), "--check"], timeout=60, check=False)
+    assert found.returncode == 0, "run ./tstar python docs/make_configuration.py"
+
+
+@pytest.mark.parametrize("preset", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_preset_is_valid(preset):
+    assert load_config(preset).curriculum.resolve()

@@ -56,7 +56,9 @@ def test_logits_equal_plain_transformers_under_the_same_mask(architecture):
             initializer_range=0.1,
         )
         twin = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-        hf = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="block_diffusion").eval()
+        hf = transformers.LlamaForCausalLM._from_config(
+            copy.deepcopy(config), attn_implementation="block_diffusion"
+        ).eval()
         hf.load_state_dict(twin.state_dict())
         model = BlockDiffusionLM(hf, mask_id=63, token_limit=62)
     ids, visible = torch.randint(0, 60, (2, 21)), staircase(21, 4).expand(2, 21, 21)
