@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -60,7 +61,7 @@ class Metrics:
         self.count_groups(dict.fromkeys(OUTCOMES, 0))
         self._verdict_totals = Tally(dict.fromkeys(VERDICTS, 0))
         self.count_verdicts({})
-        self._seconds: Tally[str] = Tally()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge of `GAUGES`."""
@@ -90,5 +91,6 @@ class Metrics:
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
-        taken, self._seconds = dict(self._seconds), Tally()
+        taken = dict(self._seconds)
+        self._seconds.clear()
         return taken

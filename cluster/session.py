@@ -134,7 +134,7 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     import ray
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # Ray caches these variables when it is first imported
     # A socket path may have 107 characters, and Ray appends about 65 to this folder.

@@ -112,8 +112,8 @@ class LearnerGroup:
         import ray
 
         self._timeout_s = learner.timeout_s
-        actor = ray.remote(LearnerRank)
-        self.ranks = [
+        actor: Any = ray.remote(LearnerRank)
+        self.ranks: list[Any] = [
             actor.options(name=name(f"learner-{rank}"), **options).remote(
                 rank, model, learner, threads=threads, seed=seed, weights=weights
             )

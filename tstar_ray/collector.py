@@ -97,7 +97,7 @@ class Collector:
     ) -> None:
         self._rollouts, self._rewards, self._transport, self._limits = rollouts, rewards, transport, limits
         self._seed, self._on_event = seed, on_event
-        self._published: Published | None = None
+        self._served: Published | None = None
 
     @property
     def live(self) -> dict[str, int]:
@@ -108,9 +108,15 @@ class Collector:
             "actor_restarts": self._rollouts.restarts + self._rewards.restarts,
         }
 
+    @property
+    def served(self) -> Published:
+        """The weights that rollout actors have to serve."""
+        assert self._served is not None, "serve weights first"
+        return self._served
+
     def serve(self, published: Published) -> None:
         """Give all rollout actors these weights; one that does not prove them is replaced and asked again."""
-        self._published = published
+        self._served = published
         names = dict(self._rollouts.handles)
         while names:
             proven = self._transport.serve(published, names, self._limits.start_s)
@@ -122,7 +128,6 @@ class Collector:
 
     def collect(self, problems: Mapping[int, PromptedProblem], decoding: Decoding, *, group_size: int) -> Collection:
         """Collect one group for each id and problem, all decoded by the weights served last."""
-        assert self._published is not None, "serve weights first"
         return _Collect(self, problems, decoding, group_size).run()
 
     def _replace_rollout(self, name: str, reason: str, *, prove: bool = True) -> str:
@@ -130,9 +135,7 @@ class Collector:
         self._on_event(f"{name} was lost ({reason}); {new} takes its place")
         wait_ready({new: self._rollouts.handles[new].ready.remote()}, self._limits.start_s, "rollout actor")
         if prove:
-            error = self._transport.serve(self._published, {new: self._rollouts.handles[new]}, self._limits.start_s)[
-                new
-            ]
+            error = self._transport.serve(self.served, {new: self._rollouts.handles[new]}, self._limits.start_s)[new]
             if error:
                 raise ClusterError(f"{new} does not serve the current weights: {error}")
         return new
@@ -216,7 +219,7 @@ class _Collect:
         for name, handle in self._rollouts.handles.items():
             if self._units and name not in busy:
                 unit = self._units.popleft()
-                ref = handle.generate.remote(unit, self._decoding, self._owner._published.version)
+                ref = handle.generate.remote(unit, self._decoding, self._owner.served.version)
                 self._rolling[ref] = _job(name, unit, self._limits.rollout_s)
 
     def _take_rollout(self, ref: Any) -> None:

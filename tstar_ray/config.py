@@ -450,7 +450,7 @@ class Config(Section):
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, a YAML file and ``section.key=value`` overrides; raises ConfigError."""
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     if path is not None:
         try:
             loaded = OmegaConf.load(path)

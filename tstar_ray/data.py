@@ -80,10 +80,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: s
     text = template.replace("{question}", question)
     if tokenizer.chat_template is None:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    text = tokenizer.apply_chat_template(
+    chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
 
 
 def load_problems(data: DataConfig, source: str, split: str, setting: str) -> list[Problem]:

@@ -50,7 +50,7 @@ class Layout(Protocol):
 
 
 def block_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -142,13 +142,12 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
 
 def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
     """Learner ranks, rollout actors and reward actors, all ready within the start limit."""
-    from reward.actor import remote_class as reward_class
-
     from actors.rollout import remote_class as rollout_class
     from cluster.placement import wait_ready
     from cluster.pool import ActorPool
     from cluster.weights import ObjectStoreTransport
     from learner.group import LearnerGroup
+    from reward.actor import remote_class as reward_class
     from tstar_ray.collector import Collector, Limits
 
     transport, start_s = ObjectStoreTransport(), config.cluster.start_timeout_s

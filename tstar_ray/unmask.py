@@ -107,10 +107,10 @@ def choose(
     if decoding.strategy == "sequential":
         return masked & (masked.cumsum(dim=-1) <= quota[:, None])
     if decoding.strategy == "entropy":
-        order = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)
-        within = order.values.cumsum(dim=-1) < decoding.entropy_bound
+        values, index = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)
+        within = values.cumsum(dim=-1) < decoding.entropy_bound
         within[:, 0] = True
-        return torch.zeros_like(masked).scatter(-1, order.indices, within) & masked
+        return torch.zeros_like(masked).scatter(-1, index, within) & masked
     score = confidence.masked_fill(~masked, -1.0)
     order = score.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(

@@ -83,7 +83,8 @@ def test_denoising_steps_scale_with_the_block():
             "train_block=4 is no multiple of rollout_block=8",
         ),
         (
-            "curriculum.stages=[{name: a, rollout_block: 8, train_block: 8},{name: b, rollout_block: 4, train_block: 4}]",
+            "curriculum.stages=[{name: a, rollout_block: 8, train_block: 8},"
+            "{name: b, rollout_block: 4, train_block: 4}]",
             "stage b has smaller blocks than a; blocks only grow",
         ),
         (
