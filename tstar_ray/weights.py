@@ -50,4 +50,4 @@ def load_flat(module: nn.Module, flat: torch.Tensor) -> None:
 
 def checksum(flat: torch.Tensor) -> str:
     """CRC-32 over the bytes of a flat CPU buffer."""
-    return f"{zlib.crc32(memoryview(flat.contiguous().view(torch.uint8).numpy())):08x}"
+    return f"{zlib.crc32(flat.contiguous().view(torch.uint8).numpy().data):08x}"
