@@ -5,7 +5,7 @@
            ──── lifeline: nothing is ever written ────►
 
 The child exits when the parent does, however that ends: idle, it reads end-of-file; busy, the kernel ends it by
-SIGIO when the lifeline closes, even in C code that holds the GIL.
+SIGKILL when the lifeline closes, even in C code that holds the GIL or behind blocked signals.
 
 It is a plain ``python -c`` rather than a ``multiprocessing`` process: those import the parent's main module again,
 which under Ray means Ray itself and in a driver torch, in every worker and after every kill. This module and
@@ -124,7 +124,7 @@ def serve() -> None:
     """A worker process: answer items one by one until the parent closes the pipe."""
     pipe_fd, lifeline, grader, address_mb = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(int(lifeline), fcntl.F_SETSIG, signal.SIGKILL)  # which no grader can block
     fcntl.fcntl(int(lifeline), fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(int(lifeline), fcntl.F_SETFL, os.O_ASYNC)  # from now on, closing its other end ends this process
     resource.setrlimit(resource.RLIMIT_AS, (int(address_mb) * 2**20,) * 2)

@@ -1,0 +1,3 @@
+"""A grader's module that cannot be imported."""
+
+raise ImportError("deliberately broken")
