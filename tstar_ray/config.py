@@ -108,7 +108,7 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """What is sampled for one update."""
 
-    problems: int = Field(32, ge=1)
+    problems: int = Field(64, ge=1)
     """Groups an update trains on."""
     group_size: int = Field(8, ge=2)
     """G, samples a problem."""
@@ -199,9 +199,9 @@ class LearnerConfig(Section):
     """Compute threads of a rank on CPU; 0: the machine's cores divided by the ranks on it."""
     zero_stage: int = Field(1, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(1e-4, gt=0)
     """AdamW learning rate, constant after the warm-up."""
-    warmup_updates: int = Field(5, ge=0)
+    warmup_updates: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up from 0."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW betas."""
@@ -290,9 +290,9 @@ class Stage(Section):
 class RollbackConfig(Section):
     """What happens when accuracy collapses inside a stage."""
 
-    window: int = Field(5, ge=1)
+    window: int = Field(8, ge=1)
     """Updates whose mean rollout accuracy is compared with the stage's best window."""
-    drop: float = Field(0.25, gt=0, le=1)
+    drop: float = Field(0.5, gt=0, le=1)
     """Collapse: the mean lies below (1 - drop) times the best."""
     limit: int = Field(2, ge=0)
     """Rollbacks of one stage before it ends with its best weights; 0 turns rollback off."""
@@ -305,7 +305,7 @@ class CurriculumConfig(Section):
     """`tstar`: through all `blocks`; `direct`: all updates at the last block; `fixed`: all at the first."""
     blocks: tuple[int, ...] = (4, 8, 16)
     """Block sizes, growing, each a multiple of the one before."""
-    updates: tuple[int, ...] = (15, 30, 45)
+    updates: tuple[int, ...] = (10, 15, 40)
     """Updates at each block; one number stands for all. `direct` and `fixed` use their sum."""
     bridge_updates: int = Field(0, ge=0)
     """Updates of a bridge before each growth (rollouts at the old block, training at the new one); 0: none."""
@@ -375,7 +375,7 @@ class CurriculumConfig(Section):
 class EvalConfig(Section):
     """Held-out evaluation."""
 
-    problems: int = Field(256, ge=1)
+    problems: int = Field(512, ge=1)
     """Problems of the start and end tables."""
     blocks: tuple[int, ...] = ()
     """Block sizes of the tables; empty: those of the curriculum."""

@@ -71,7 +71,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def phase(self, stage: Stage | None, name: str) -> None:
         """Show what the loop is doing."""
@@ -131,21 +131,25 @@ class Reporter:
 
     def table(self, before: Sequence[Evaluation], after: Sequence[Evaluation]) -> None:
         """Start model against trained model at each block size."""
-        table = Table(title="Held-out problems: accuracy [95 % interval] and tokens per forward (TPF)")
-        for column in ("B", "start accuracy", "start TPF", "trained accuracy", "trained TPF", "with commits"):
+        table = Table(title="Held-out problems: accuracy [95 % interval], tokens per forward (TPF)")
+        for column in ("B", "start accuracy", "TPF", "trained accuracy", "TPF", "TPF with commits"):
             table.add_column(column, justify="right")
         for old, new in zip(before, after):
             table.add_row(
                 str(old.decoding.block_size),
-                f"{old.accuracy:.3f} [{old.low:.3f}, {old.high:.3f}]",
+                _accuracy(old),
                 f"{old.tpf:.2f}",
-                f"{new.accuracy:.3f} [{new.low:.3f}, {new.high:.3f}]",
+                _accuracy(new),
                 f"{new.tpf:.2f}",
                 f"{new.tpf_with_commits:.2f}",
             )
         self.console.print(table)
         if before:
             self.say(f"{before[0].problems} problems; {before[0].decoding.describe().partition(', ')[2]}")
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    return f"{evaluation.accuracy:.1%} [{evaluation.low:.0%}, {evaluation.high:.0%}]"
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -94,7 +94,7 @@ def test_denoising_steps_scale_with_the_block():
         ("curriculum.stages=[{name: a, rollout_blck: 4, train_block: 4}]", "did you mean rollout_block?"),
         ("learner.loss.accuracy_band=[0.8,0.2]", "give two numbers low < high in [0, 1]"),
         ("learner.zero_stage=4", "learner.zero_stage=4"),
-        ("learner.steps_per_update=1000", "exceeds the 256 samples of an update"),
+        ("learner.steps_per_update=1000", "exceeds the 512 samples of an update"),
         ("rollout.max_new_tokens=8", "cannot hold a block of 16"),
         ("model.dtype=bfloat16", "slower than float32 on CPU"),
         ("actors.gpus=1", "would differ in dtype"),
