@@ -114,8 +114,6 @@ class Controller:
         if self.stop_requested:
             self._checkpoint()
             return Result(self._before, [], self._update, stopped=True)
-        for line in self._curriculum.state.history:
-            self._reporter.say(f"  stage {line}")
         after = self._tables("trained model")
         self._learner.export(self._folder / "final")
         return Result(self._before, after, self._update, stopped=False)
