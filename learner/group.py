@@ -63,7 +63,8 @@ class LearnerRank:
         """Load the model, join the process group and start DeepSpeed; returns where it runs."""
         import torch
 
-        from learner.trainer import Trainer, join_process_group
+        from learner.backend import join_process_group
+        from learner.trainer import Trainer
         from tstar_ray.model import load_checkpoint, pick_device
 
         torch.set_num_threads(self._threads)
@@ -147,9 +148,9 @@ class LearnerGroup:
         """Continue from `save`."""
         self._call("load", folder)
 
-    def reset_optimizer(self) -> None:
-        """Fresh Adam moments."""
-        self._call("reset_optimizer")
+    def start_stage(self, *, reset_optimizer: bool) -> None:
+        """See `Trainer.start_stage`."""
+        self._call("start_stage", reset_optimizer=reset_optimizer)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint."""

@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from learner.masking import mask_slices
 from tstar_ray.blocks import build_slices
 from tstar_ray.trajectory import Trajectory
 
 Normaliser = Literal["token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum"]
+Trace = Literal["trace", "random", "coupled"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,22 +56,35 @@ class SlicedSample:
     """[M] its log-prob as the engine recorded it."""
     advantage: NDArray[np.float32]
     """[M] what it is credited with."""
+    label: str = ""
+    """Which trajectory this is, for people."""
 
 
 def slice_sample(
-    trajectory: Trajectory, advantage: float, *, block_size: int, mask_id: int, shrink: int
+    trajectory: Trajectory,
+    advantage: float,
+    *,
+    block_size: int,
+    mask_id: int,
+    shrink: int,
+    trace: Trace = "trace",
+    rng: np.random.Generator | None = None,
 ) -> SlicedSample:
-    """Lay out one trajectory at the training block size."""
+    """Lay out one trajectory at the training block size; ``trace`` other than its own needs ``rng``."""
     prompt = trajectory.prompt_len
-    slices = build_slices(
-        token_ids=trajectory.token_ids,
-        step_map=trajectory.step_map,
-        prompt_len=prompt,
-        completion_len=trajectory.completion_len,
-        block_size=block_size,
-        mask_id=mask_id,
-        shrink=shrink,
-    )
+    if trace == "trace":
+        slices = build_slices(
+            token_ids=trajectory.token_ids,
+            step_map=trajectory.step_map,
+            prompt_len=prompt,
+            completion_len=trajectory.completion_len,
+            block_size=block_size,
+            mask_id=mask_id,
+            shrink=shrink,
+        )
+    else:
+        assert rng is not None, "random masks need a generator"
+        slices = mask_slices(trajectory, block_size=block_size, mask_id=mask_id, kind=trace, rng=rng)
     count = len(slices.block)
     clean = int(slices.block[-1]) * block_size  # the last block is never context of a slice
     noisy_position = slices.block[:, None] * block_size + np.arange(block_size)
@@ -87,6 +102,7 @@ def slice_sample(
         target_offset=target_position - prompt,
         recorded=trajectory.logprobs[target_position - prompt],
         advantage=np.full(len(target_slice), advantage, dtype=np.float32),
+        label=f"sample {trajectory.sample} of group {trajectory.group_id}",
     )
 
 
@@ -143,6 +159,8 @@ class MicroBatch:
     """[M] log-probs the engine recorded."""
     sample: torch.Tensor
     """[M] index of the sample in the list that was packed."""
+    step: torch.Tensor
+    """[M] slice of the sample, 0 … S-1 in the order of denoising."""
 
     @property
     def tokens(self) -> int:
@@ -160,9 +178,11 @@ def pack(
     *,
     row_tokens: int,
     micro_batch_tokens: int,
+    width_multiple: int = 1,
 ) -> list[MicroBatch]:
     """Put whole samples into rows of at most ``row_tokens`` (longer ones alone) and rows into micro-batches of
-    at most ``micro_batch_tokens`` tokens, padding included (a single longer row makes its own)."""
+    at most ``micro_batch_tokens`` tokens, padding included (a single longer row makes its own). Rows are as
+    wide as their longest, rounded up to ``width_multiple`` so that compiled kernels see few shapes."""
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
     rows: list[list[int]] = []
     room: list[int] = []
@@ -175,7 +195,7 @@ def pack(
         else:
             rows[fit].append(i)
             room[fit] -= size
-    lengths = [sum(len(samples[i].ids) for i in row) for row in rows]
+    lengths = [-(-sum(len(samples[i].ids) for i in row) // width_multiple) * width_multiple for row in rows]
     batches: list[MicroBatch] = []
     pending: list[list[int]] = []
     longest = 0
@@ -198,7 +218,7 @@ def _stack(
     document = np.full(shape, -1, dtype=np.int64)
     slice_id = np.full(shape, -1, dtype=np.int64)
     columns: dict[str, list[NDArray]] = {
-        name: [] for name in ("index", "targets", "advantage", "weight", "recorded", "sample")
+        name: [] for name in ("index", "targets", "advantage", "weight", "recorded", "sample", "step")
     }
     for r, row in enumerate(rows):
         start = slices = 0
@@ -215,6 +235,7 @@ def _stack(
             columns["weight"].append(weights[i])
             columns["recorded"].append(s.recorded)
             columns["sample"].append(np.full(len(s.target_id), i))
+            columns["step"].append(s.target_slice)
             start += len(s.ids)
             slices += int(s.slice_id.max()) + 1
     return MicroBatch(

@@ -1,146 +1,92 @@
-"""One rank of the learner: a DeepSpeed engine around the policy, and the TraceRL update.
+"""One rank of the learner: the TraceRL update, its baselines, and the value model.
 
-    groups ──► advantages ──► mini-batches (one optimizer step each)
-                                 └─► slices ──► token weights ──► share of this rank ──► micro-batches
-                                        forward ──► terms ──► sum(weight x term) ──► backward … ──► step
+    groups ──► credit ──► mini-batches (one optimizer step each)
+                             └─► slices ──► token weights ──► share of this rank ──► micro-batches
+                                    forward ──► terms ──► sum(weight x term) ──► backward … ──► step
 
 Every rank gets the same groups and derives the same shares, so nothing but gradients and a handful of sums is
 exchanged. Ranks run equally many micro-batches (short ones pad with an empty one), so uneven data cannot
-deadlock a collective. DeepSpeed averages gradients over ranks; the loss is multiplied by the rank count, so
-that the gradient is that of the whole mini-batch whatever the split (invariant 3).
+deadlock a collective. The loss of a mini-batch is one sum over ranks and micro-batches, whatever the split
+(invariant 3).
 
 **Old policy.** With one optimizer step a batch the ratio is 1 and no pass is spent on it. With several, the
 old log-probs of the first mini-batch are its own (ratio exactly 1) and those of the others come from one pass
 before the first step, at the training geometry.
+
+**Value model.** Values before the update turn each sample's advantage, earned at its last denoising step, into
+advantages and returns of tokens (`learner.credit.gae`); then policy and value model take their steps on the
+same mini-batches.
+
+An update that is not finite raises `UpdateError` before the step is taken and names the trajectory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
+import copy
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from learner.objective import group_advantages, token_terms
+from learner.backend import Backend
+from learner.credit import credit, gae
+from learner.layout import WIDTH_MULTIPLE, make_layout
+from learner.modules import Policy, ValueModel
+from learner.objective import importance, kl_terms, token_terms, value_terms
 from learner.packing import MicroBatch, SlicedSample, balance, pack, slice_sample, token_weights
-from tstar_ray.blocks import train_visibility
+from learner.report import TAIL, Sums, UpdateReport, UpdateSpec
 from tstar_ray.config import LearnerConfig
-from tstar_ray.model import BlockDiffusionLM, Checkpoint, TrainLayout
+from tstar_ray.model import BlockDiffusionLM, Checkpoint, Layout, TrainLayout
 from tstar_ray.trajectory import Group, Trajectory
-from tstar_ray.weights import flatten
+from tstar_ray.weights import flatten, load_flat
 
-_TAG = "state"
+_REFERENCE = "reference.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSpec:
-    """What of the stage an update needs."""
-
-    block_size: int
-    """Training block."""
-    shrink: int
-    """Denoising steps merged into one slice."""
-    lr: float
-    """Learning rate after the warm-up."""
-    length_norm: int
-    """Tokens `const_len` divides by."""
-    compare_recorded: bool
-    """Report the distance to the engine's log-probs; meaningless in a bridge."""
+class UpdateError(FloatingPointError):
+    """A loss that is not finite; names the trajectory. The weights are those before the optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """Means over the target tokens of an update, unless said otherwise."""
+class _Share:
+    """This rank's part of a mini-batch."""
 
-    loss: float
-    """Mean over optimizer steps of the minimised loss."""
-    kl: float
-    """k3 to the policy before the update (nats)."""
-    clip_fraction: float
-    """Share of tokens whose gradient the clip took away."""
-    ratio_max: float
-    """Largest pi_theta / pi_old."""
-    entropy: float
-    """Of the policy at the targets (nats)."""
-    grad_norm: float
-    """Largest over optimizer steps, before clipping."""
-    replay_error: float
-    """Largest |log-prob in the learner - recorded by the engine| of the first step; NaN in a bridge."""
-    lr: float
-    """Of the last optimizer step."""
-    steps: int
-    """Optimizer steps taken."""
-    samples: int
-    """Trajectories trained on."""
-    targets: int
-    """Target tokens."""
-    forwarded_tokens: int
-    """Tokens of the packed rows, padding left out, each once."""
-    seconds: float
-    """Wall time of the update."""
-
-
-class _Sums:
-    """Sums over micro-batches, then over ranks."""
-
-    NAMES = ("loss", "kl", "clipped", "entropy", "targets", "forwarded")
-    MAXIMA = ("ratio", "replay_error")
-
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(self.NAMES, 0.0)
-        self.maxima = dict.fromkeys(self.MAXIMA, 0.0)
-
-    def reduce(self, device: torch.device) -> None:
-        for values, operation in ((self.sums, dist.ReduceOp.SUM), (self.maxima, dist.ReduceOp.MAX)):
-            packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-            dist.all_reduce(packed, op=operation)
-            values.update(zip(values, packed.tolist()))
+    batches: list[MicroBatch | None]
+    """None pads to the count of the rank that has most."""
+    samples: list[SlicedSample]
+    """What `MicroBatch.sample` counts."""
+    values: list[torch.Tensor]
+    """[M] of each micro-batch, before the update; empty without a value model, as ``returns``."""
+    returns: list[torch.Tensor]
+    """[M] what values are trained to."""
 
 
 class Trainer:
-    """The policy under DeepSpeed, on one rank of a group that `init_process_group` already joined."""
+    """The policy under DeepSpeed, on one rank of a group that `join_process_group` already joined."""
 
     def __init__(self, checkpoint: Checkpoint, config: LearnerConfig, *, seed: int) -> None:
         """The checkpoint's model is taken over and must be in its final dtype and on this rank's device."""
-        deepspeed = import_deepspeed(checkpoint.model.device)
         self._checkpoint, self._config, self._seed = checkpoint, config, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        model = checkpoint.model
+        model, loss = checkpoint.model, config.loss
         if config.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, dist_init_required=False, config=self._deepspeed_config(model)
-        )
-        self._engine.train()
-        self._gathered = deepspeed.zero.GatheredParameters
+        self._reference: BlockDiffusionLM | None = None
+        if loss.kl_coef and loss.kl_reference != "old":
+            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
+        value_model = ValueModel(model) if config.value.kind == "separate" else None
+        policy = Policy(model, value_head=config.value.kind == "shared")
+        groups = [list(model.parameters())] + ([] if policy.head is None else [list(policy.head.parameters())])
+        self._policy = Backend(policy, groups, config)
+        self._value: Backend | None = None
+        if value_model is not None:
+            self._value = Backend(value_model, [list(value_model.parameters())], config)
         self.optimizer_steps = 0
-
-    def _deepspeed_config(self, model: BlockDiffusionLM) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # the boundary is set by hand: micro-batches vary in number
-            "gradient_clipping": self._config.grad_clip,
-            "steps_per_print": 10**9,
-            "zero_optimization": {"stage": self._config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": model.dtype == torch.bfloat16},
-        }
 
     @property
     def _model(self) -> BlockDiffusionLM:
@@ -149,185 +95,251 @@ class Trainer:
     def update(self, groups: Sequence[Group], spec: UpdateSpec, *, update: int) -> UpdateReport:
         """Train on complete groups of one block size; every rank is called with the same arguments."""
         start = time.perf_counter()
-        samples = [
-            self._slice(sample.trajectory, float(advantage), spec)
-            for group in groups
-            for sample, advantage in zip(group.samples, group_advantages(group.rewards, self._config.loss.advantage))
-        ]
         temperature = _common_temperature([s.trajectory for g in groups for s in g.samples])
-        order = np.random.default_rng([self._seed, update]).permutation(len(samples))
-        mini_batches = [
-            self._micro_batches([samples[i] for i in part], spec)
-            for part in np.array_split(order, self._config.steps_per_update)
+        samples = [
+            self._slice(sample.trajectory, advantage, spec, update)
+            for group in groups
+            for sample, advantage in zip(group.samples, credit(group, self._config.loss))
         ]
-        old = [None, *(self._logprobs(batches, temperature) for batches in mini_batches[1:])]
-        sums, grad_norm, lr = _Sums(), 0.0, 0.0
-        for step, batches in enumerate(mini_batches):
-            lr = self._set_lr(spec.lr)
-            compare = spec.compare_recorded and step == 0
-            norm = self._optimizer_step(batches, old[step], temperature, sums, compare=compare)
+        order = np.random.default_rng([self._seed, update]).permutation(len(samples))
+        parts = np.array_split(order, self._config.steps_per_update)
+        shares = [self._share([samples[i] for i in part], spec) for part in parts]
+        sums, grad_norm, rate = Sums(), 0.0, 0.0
+        if self._config.value.kind != "none":
+            shares = [self._assign_credit(share, temperature, sums) for share in shares]
+        old = [None, *(self._logprobs(share, temperature) for share in shares[1:])]
+        for share, old_logprobs in zip(shares, old):
+            norm, rate = self._optimizer_step(share, old_logprobs, temperature, spec, sums)
             grad_norm = max(grad_norm, norm)
         sums.reduce(self._model.device)
-        targets = max(sums.sums["targets"], 1.0)
-        return UpdateReport(
-            loss=sums.sums["loss"] / len(mini_batches),
-            kl=sums.sums["kl"] / targets,
-            clip_fraction=sums.sums["clipped"] / targets,
-            ratio_max=sums.maxima["ratio"],
-            entropy=sums.sums["entropy"] / targets,
+        return sums.report(
+            lr=rate,
             grad_norm=grad_norm,
-            replay_error=sums.maxima["replay_error"] if spec.compare_recorded else float("nan"),
-            lr=lr,
-            steps=len(mini_batches),
+            steps=len(shares),
             samples=len(samples),
-            targets=int(targets),
-            forwarded_tokens=int(sums.sums["forwarded"]),
             seconds=time.perf_counter() - start,
+            comparable=spec.compare_recorded,
+            has_value=self._config.value.kind != "none",
         )
 
     def replay_error(self, trajectories: Sequence[Trajectory]) -> float:
         """Largest |learner log-prob - recorded| over all targets of trajectories of one block size (invariant 1)."""
         spec = UpdateSpec(trajectories[0].block_size, 1, 0.0, 1, True)
-        batches = self._micro_batches([self._slice(t, 0.0, spec) for t in trajectories], spec)
-        logprobs = self._logprobs(batches, _common_temperature(trajectories))
-        sums = _Sums()
-        for batch, values in zip(batches, logprobs):
+        samples = [
+            slice_sample(t, 0.0, block_size=t.block_size, mask_id=self._model.mask_id, shrink=1) for t in trajectories
+        ]
+        share = self._share(samples, spec)
+        sums = Sums()
+        for batch, logprobs in zip(share.batches, self._logprobs(share, _common_temperature(trajectories))):
             if batch is not None:
-                worst = (values - batch.recorded.to(values)).abs().max()
-                sums.maxima["replay_error"] = max(sums.maxima["replay_error"], float(worst))
+                sums.top(replay_error=(logprobs.cpu() - batch.recorded).abs().max())
         sums.reduce(self._model.device)
         return sums.maxima["replay_error"]
 
-    def _slice(self, trajectory: Trajectory, advantage: float, spec: UpdateSpec) -> SlicedSample:
+    def _slice(self, trajectory: Trajectory, advantage: float, spec: UpdateSpec, update: int) -> SlicedSample:
         return slice_sample(
             trajectory,
             advantage,
             block_size=spec.block_size,
             mask_id=self._model.mask_id,
             shrink=spec.shrink,
+            trace=self._config.loss.trace,
+            rng=np.random.default_rng([self._seed, update, trajectory.group_id, trajectory.sample]),
         )
 
-    def _micro_batches(self, samples: Sequence[SlicedSample], spec: UpdateSpec) -> list[MicroBatch | None]:
-        """This rank's share, padded with None to the count of the rank that has most."""
+    def _share(self, samples: Sequence[SlicedSample], spec: UpdateSpec) -> _Share:
         weights = token_weights(samples, self._config.loss.normaliser, length_norm=spec.length_norm)
-        share = balance([len(s.ids) for s in samples], self.world)[self.rank]
+        mine = balance([len(s.ids) for s in samples], self.world)[self.rank]
         batches: list[MicroBatch | None] = [
             *pack(
-                [samples[i] for i in share],
-                [weights[i] for i in share],
+                [samples[i] for i in mine],
+                [weights[i] for i in mine],
                 row_tokens=self._config.row_tokens,
                 micro_batch_tokens=self._config.micro_batch_tokens,
+                width_multiple=WIDTH_MULTIPLE if self._model.device.type == "cuda" else 1,
             )
         ]
         most = torch.tensor(len(batches), device=self._model.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return batches + [None] * (int(most) - len(batches))
+        return _Share(batches + [None] * (int(most) - len(batches)), [samples[i] for i in mine], [], [])
 
-    def _forward(self, batch: MicroBatch | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies [M]; an empty batch still runs one token, for ZeRO-3's collectives."""
-        device = self._model.device
+    def _inputs(
+        self, batch: MicroBatch | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor, torch.Tensor]:
+        """Arguments of a forward pass; without a batch one token, so that ZeRO's collectives run."""
         if batch is None:
+            device = self._model.device
             zero = torch.zeros((1, 1), dtype=torch.long, device=device)
             layout = TrainLayout(torch.ones((1, 1, 1), dtype=torch.bool, device=device), self._model.dtype)
-            return self._engine(zero, zero, layout, zero[0], zero[0], temperature)
-        visible = train_visibility(batch.document, batch.block, batch.slice_id)
-        layout = TrainLayout(visible, self._model.dtype)
-        return self._engine(batch.ids, batch.positions, layout, batch.index, batch.targets, temperature)
+            return zero, zero, layout, zero[0], zero[0]
+        return batch.ids, batch.positions, make_layout(batch, self._model.dtype), batch.index, batch.targets
+
+    def _on_device(self, batch: MicroBatch | None) -> MicroBatch | None:
+        return batch and batch.to(self._model.device)
 
     @torch.no_grad()
-    def _logprobs(self, batches: Sequence[MicroBatch | None], temperature: float) -> list[torch.Tensor]:
-        return [self._forward(batch and batch.to(self._model.device), temperature)[0].detach() for batch in batches]
+    def _logprobs(self, share: _Share, temperature: float) -> list[torch.Tensor]:
+        return [self._policy(*self._inputs(self._on_device(b)), temperature)[0] for b in share.batches]
+
+    @torch.no_grad()
+    def _assign_credit(self, share: _Share, temperature: float, sums: Sums) -> _Share:
+        """Values before the update, and with them advantages and returns of every token."""
+        config = self._config.value
+        batches: list[MicroBatch | None] = []
+        values: list[torch.Tensor] = []
+        returns: list[torch.Tensor] = []
+        for batch in share.batches:
+            inputs = self._inputs(self._on_device(batch))
+            found = self._policy(*inputs, temperature)[2] if self._value is None else self._value(*inputs[:4])
+            values.append(found)
+            if batch is None:
+                batches.append(None)
+                returns.append(found)
+                continue
+            advantage, target = torch.empty(len(found)), torch.empty(len(found))
+            numbers = found.double().cpu().numpy()
+            for sample in batch.sample.unique():
+                where = (batch.sample == sample).nonzero().squeeze(1)
+                reward = float(batch.advantage[where[0]])
+                pair = gae(numbers[where], batch.step[where].numpy(), reward, gamma=config.gamma, lam=config.lam)
+                advantage[where], target[where] = (torch.from_numpy(x).float() for x in pair)
+            batches.append(replace(batch, advantage=advantage))
+            returns.append(target.to(found))
+            residual = returns[-1] - found
+            sums.add(returns=target.sum(), returns2=target.square().sum())
+            sums.add(residual=residual.sum(), residual2=residual.square().sum())
+        return replace(share, batches=batches, values=values, returns=returns)
 
     def _optimizer_step(
-        self,
-        batches: Sequence[MicroBatch | None],
-        old: Sequence[torch.Tensor] | None,
-        temperature: float,
-        sums: _Sums,
-        *,
-        compare: bool,
-    ) -> float:
-        loss_config = self._config.loss
-        for i, micro in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            batch = micro and micro.to(self._model.device)
-            new, entropy = self._forward(batch, temperature)
+        self, share: _Share, old: Sequence[torch.Tensor] | None, temperature: float, spec: UpdateSpec, sums: Sums
+    ) -> tuple[float, float]:
+        """Policy and value model take one step; returns gradient norm and policy learning rate."""
+        for i, micro in enumerate(share.batches):
+            last = i == len(share.batches) - 1
+            batch = self._on_device(micro)
+            inputs = self._inputs(batch)
+            new, entropy, values = self._policy(*inputs, temperature)
+            if self._value is not None:
+                values = self._value(*inputs[:4])
             if batch is None:
                 loss = new.sum() * 0.0
+                value_loss = values.sum() * 0.0
             else:
-                terms = token_terms(
-                    new,
-                    new.detach() if old is None else old[i],
-                    batch.advantage,
-                    clip_low=loss_config.clip_low,
-                    clip_high=loss_config.clip_high,
-                    kl_coef=loss_config.kl_coef,
-                )
-                loss = (batch.weight * terms.loss).sum()
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"loss is {loss.item()} at optimizer step {self.optimizer_steps}; lower learner.lr"
-                    )
-                values = sums.sums
-                values["loss"] += float(loss.detach())
-                values["kl"] += float(terms.kl.sum())
-                values["clipped"] += float(terms.clipped.sum())
-                values["entropy"] += float(entropy.sum())
-                values["targets"] += len(new)
-                values["forwarded"] += batch.tokens
-                sums.maxima["ratio"] = max(sums.maxima["ratio"], float(terms.ratio.max()))
-                if compare:
-                    worst = float((new.detach() - batch.recorded).abs().max())
-                    sums.maxima["replay_error"] = max(sums.maxima["replay_error"], worst)
-            self._engine.backward(loss * self.world)
-        self._engine.step()
-        self.optimizer_steps += 1
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
-
-    def _set_lr(self, lr: float) -> float:
+                before = new.detach() if old is None else old[i]
+                loss = self._policy_loss(new, before, batch, inputs, temperature, spec, share, sums)
+                value_loss = values.new_zeros(())
+                sums.add(entropy=entropy.sum(), targets=len(new), forwarded=batch.tokens)
+                if share.values:
+                    terms = value_terms(values, share.values[i], share.returns[i], self._config.value.clip)
+                    self._require_finite(terms, batch, share, "value loss")
+                    value_loss = (batch.weight * terms).sum()
+                    sums.add(value_loss=terms.detach().sum())
+            if self._config.value.kind == "shared":
+                loss = loss + self._config.value.coef * value_loss
+            self._policy.backward(loss, last=last)
+            if self._value is not None:
+                self._value.backward(value_loss, last=last)
         warm = min(1.0, (self.optimizer_steps + 1) / (self._config.warmup_updates + 1))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * warm
-        return lr * warm
+        rates = [spec.lr * warm, self._config.value.lr * warm]
+        norm = self._policy.step(rates if self._config.value.kind == "shared" else rates[:1])
+        if self._value is not None:
+            self._value.step(rates[1:])
+        self.optimizer_steps += 1
+        return norm, rates[0]
 
-    def reset_optimizer(self) -> None:
-        """Zero the Adam moments and step counts in place."""
-        base = getattr(self._optimizer, "optimizer", self._optimizer)
-        for state in base.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+    def _policy_loss(
+        self,
+        new: torch.Tensor,
+        old: torch.Tensor,
+        batch: MicroBatch,
+        inputs: tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor, torch.Tensor],
+        temperature: float,
+        spec: UpdateSpec,
+        share: _Share,
+        sums: Sums,
+    ) -> torch.Tensor:
+        config = self._config.loss
+        reference = weight = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = self._reference(*inputs, temperature)[0]
+        if config.correction.level != "none":
+            weight = importance(
+                old,
+                batch.recorded,
+                batch.sample,
+                batch.step,
+                level=config.correction.level,
+                mode=config.correction.mode,
+                bound=config.correction.bound,
+            )
+        terms = token_terms(
+            new,
+            old,
+            batch.advantage,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            reference=reference,
+            importance=weight,
+        )
+        self._require_finite(terms.loss, batch, share, "policy loss")
+        loss = (batch.weight * terms.loss).sum()
+        sums.add(loss=loss.detach(), kl=terms.kl.sum(), clipped=terms.clipped.sum())
+        sums.add(importance=len(new) if weight is None else weight.sum())
+        sums.top(ratio=terms.ratio.max())
+        if spec.compare_recorded:
+            gap = (old - batch.recorded).abs()
+            sums.add(mismatch=kl_terms(batch.recorded, old).sum(), tails=(gap > np.log(TAIL)).sum())
+            sums.top(replay_error=gap.max())
+        return loss
 
-    @contextlib.contextmanager
-    def _full_parameters(self) -> Iterator[None]:
-        if self._config.zero_stage < 3:
-            yield
-        else:
-            with self._gathered(list(self._model.parameters()), modifier_rank=None):
-                yield
+    def _require_finite(self, terms: torch.Tensor, batch: MicroBatch, share: _Share, what: str) -> None:
+        bad = (~torch.isfinite(terms)).nonzero()
+        if len(bad):
+            token = int(bad[0])
+            sample = share.samples[int(batch.sample[token])]
+            raise UpdateError(
+                f"{what} is {float(terms[token])} at {sample.label}, denoising slice {int(batch.step[token])}, "
+                f"optimizer step {self.optimizer_steps}"
+            )
+
+    def start_stage(self, *, reset_optimizer: bool) -> None:
+        """Begin a stage of the curriculum: fresh Adam moments if asked, and the stage's KL reference."""
+        if reset_optimizer:
+            self._policy.reset_optimizer()
+            if self._value is not None:
+                self._value.reset_optimizer()
+        if self._reference is not None and self._config.loss.kl_reference == "stage":
+            load_flat(self._reference, self.flat_weights().to(self._model.device))
 
     def flat_weights(self) -> torch.Tensor:
         """The whole policy as one CPU buffer (`tstar_ray.weights`); collective under ZeRO-3."""
-        with self._full_parameters():
+        with self._policy.full_parameters():
             return flatten(self._model)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and step count for `load` at the same rank count; collective."""
-        self._engine.save_checkpoint(
-            str(folder), tag=_TAG, client_state={"tstar_ray": {"optimizer_steps": self.optimizer_steps}}
-        )
+    def save(self, folder: str | Path) -> None:
+        """Write policy, value model, optimizers, step count and the stage's reference for `load`; collective."""
+        folder = Path(folder)
+        self._policy.save(folder / "policy", {"optimizer_steps": self.optimizer_steps})
+        if self._value is not None:
+            self._value.save(folder / "value", {})
+        if self._reference is not None and self.rank == 0:
+            save_file({"flat": flatten(self._reference)}, folder / _REFERENCE)
 
-    def load(self, folder: Path) -> None:
-        """Continue exactly from `save`; collective."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise ValueError(f"{folder} holds no learner state")
-        self.optimizer_steps = state["tstar_ray"]["optimizer_steps"]
+    def load(self, folder: str | Path) -> None:
+        """Continue from `save`, bit for bit at the same rank count; collective."""
+        folder = Path(folder)
+        self.optimizer_steps = self._policy.load(folder / "policy")["optimizer_steps"]
+        if self._value is not None:
+            self._value.load(folder / "value")
+        if self._reference is not None and (folder / _REFERENCE).is_file():
+            load_flat(self._reference, load_file(folder / _REFERENCE)["flat"].to(self._model.device))
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint (rank 0 writes; collective under ZeRO-3)."""
-        with self._full_parameters():
+        with self._policy.full_parameters():
             if self.rank == 0:
                 self._checkpoint.save(folder)
 
@@ -338,34 +350,3 @@ def _common_temperature(trajectories: Sequence[Trajectory]) -> float:
     if len(found) != 1:
         raise ValueError(f"trajectories of several temperatures cannot share an update: {sorted(found)}")
     return found.pop()
-
-
-def report_dict(report: UpdateReport) -> dict[str, float]:
-    """For logs."""
-    return {name: float(value) for name, value in asdict(report).items()}
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed such that no compiler is needed on CPU and it keeps quiet."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # An inference-only operator that would be compiled at start-up, and fail without g++ and ninja.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
-
-
-def join_process_group(*, rank: int, world: int, host: str, port: int, device: torch.device, timeout_s: float) -> None:
-    """Rendezvous of the learner's ranks under DeepSpeed; gloo on CPU, NCCL on GPU."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=str(port))
-    deepspeed = import_deepspeed(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
@@ -63,6 +63,10 @@ class Collection:
     """Seconds after that until the last verdict."""
     rollout_busy_s: float = 0.0
     """Seconds of rollout actors at work, summed."""
+
+    def merged(self, other: Collection) -> Collection:
+        """Both together, ``other`` after this one."""
+        return Collection(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(slots=True)

@@ -16,21 +16,16 @@ from typing import Any, Literal, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from tstar_ray.config_base import ConfigError as ConfigError
+from tstar_ray.config_base import Section
+from tstar_ray.config_learner import LearnerConfig as LearnerConfig
+from tstar_ray.config_learner import LossConfig as LossConfig
 
 EMBEDDED = "embedded"
 ARITHMETIC = "arithmetic"
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used, with the remedy; shown to the user without a traceback."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class RunConfig(Section):
@@ -112,6 +107,8 @@ class RolloutConfig(Section):
     """Groups an update trains on."""
     group_size: int = Field(8, ge=2)
     """G, samples a problem."""
+    refill: int = Field(0, ge=0)
+    """Times an update samples further problems in place of groups that were filtered."""
     max_new_tokens: int = Field(96, ge=1)
     """Cap on completion tokens, aligned down to the block grid."""
     temperature: float = Field(1.0, gt=0)
@@ -158,71 +155,6 @@ class RewardConfig(Section):
     """Function (text, answer) -> Verdict, as module:name."""
     cpus: float = Field(0.5, gt=0)
     """CPU cores a reward actor takes."""
-
-
-class LossConfig(Section):
-    """The TraceRL objective."""
-
-    normaliser: Literal["token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum"] = "token_mean"
-    """How token terms are weighted; see learner.objective."""
-    length_norm: int = Field(0, ge=0)
-    """`const_len`: tokens to divide by; 0: rollout.max_new_tokens."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """Lower clip of the ratio: 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
-    """Upper clip of the ratio: 1 + clip_high."""
-    kl_coef: float = Field(0.01, ge=0)
-    """Weight of the k3 KL to the policy before the update."""
-    advantage: Literal["zscore", "mean", "leave_one_out"] = "zscore"
-    """Group-relative advantage: divided by the population standard deviation, only centred, or leave-one-out."""
-    accuracy_band: tuple[float, float] = (0.0, 1.0)
-    """Groups whose mean reward lies outside (bounds kept) are filtered; groups without contrast always are."""
-
-    @field_validator("accuracy_band")
-    @classmethod
-    def _ordered(cls, band: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= band[0] < band[1] <= 1:
-            raise ValueError("give two numbers low < high in [0, 1]")
-        return band
-
-
-class LearnerConfig(Section):
-    """The DeepSpeed worker group."""
-
-    ranks: int = Field(1, ge=1)
-    """Data-parallel ranks, one process each."""
-    gpus: float = Field(0, ge=0)
-    """GPUs a rank takes."""
-    cpus: float = Field(1, gt=0)
-    """CPU cores a rank takes; scaled down where the cluster has fewer and no GPUs are used."""
-    threads: int = Field(0, ge=0)
-    """Compute threads of a rank on CPU; 0: the machine's cores divided by the ranks on it."""
-    zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
-    lr: float = Field(1e-4, gt=0)
-    """AdamW learning rate, constant after the warm-up."""
-    warmup_updates: int = Field(10, ge=0)
-    """Optimizer steps of linear warm-up from 0."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW betas."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW epsilon."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
-    grad_clip: float = Field(1.0, gt=0)
-    """Global gradient-norm bound."""
-    steps_per_update: int = Field(1, ge=1)
-    """Optimizer steps a batch of rollouts is split into; 1 skips the pass for old log-probs (the ratio is 1)."""
-    row_tokens: int = Field(1024, ge=16)
-    """Tokens of one packed row (a longer trajectory gets a row of its own)."""
-    micro_batch_tokens: int = Field(8192, ge=16)
-    """Tokens one forward and backward pass holds."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    timeout_s: float = Field(1800, gt=0)
-    """A learner that takes longer for one update counts as failed."""
-    loss: LossConfig = LossConfig()
-    """The objective."""
 
 
 class Gate(Section):
@@ -436,6 +368,14 @@ class Config(Section):
                 f"actors.gpus={self.actors.gpus:g} and learner.gpus={self.learner.gpus:g}: with auto the actors "
                 "and the learner would differ in dtype; set model.dtype=float32"
             )
+        level = self.learner.loss.correction.level
+        for stage in self.curriculum.resolve():
+            if level != "none" and (stage.is_bridge or stage.shrink > 1):
+                raise ValueError(
+                    f"learner.loss.correction.level={level}: in stage {stage.name} (rollout block "
+                    f"{stage.rollout_block}, train block {stage.train_block}, shrink {stage.shrink}) recorded "
+                    "log-probs are of other conditionals than those trained; use none"
+                )
         if self.rollout.problems * self.rollout.group_size < self.learner.steps_per_update:
             raise ValueError(
                 f"learner.steps_per_update={self.learner.steps_per_update} exceeds the "

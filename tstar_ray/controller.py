@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from cluster.metrics import Metrics
-from learner.group import LearnerGroup
-from learner.objective import is_trainable
-from learner.trainer import UpdateReport, UpdateSpec, report_dict
+from learner.credit import is_trainable
+from learner.group import LearnerError, LearnerGroup
+from learner.report import UpdateReport, UpdateSpec, report_dict
 from tstar_ray.checkpoint import newest_checkpoint, write_checkpoint
 from tstar_ray.collector import Collection, Collector
 from tstar_ray.config import Config, ConfigError, Stage
@@ -143,8 +143,27 @@ class Controller:
             self._checkpoint()
 
     def _collect(self, stage: Stage) -> Collection:
+        """Rollouts of one update; with `rollout.refill`, further rounds in place of groups that teach nothing.
+
+        Rounds are waited for whole, so that a refill does not favour problems with short answers.
+        """
         rollout = self._config.rollout
-        problems = {self._ledger.dispatch(): p for p in self._stream.take(rollout.problems)}
+        collection = self._collect_round(stage, rollout.problems)
+        for _ in range(rollout.refill):
+            trainable = sum(is_trainable(g, self._config.learner.loss) for g in collection.groups)
+            if trainable >= rollout.problems:
+                break
+            collection = collection.merged(self._collect_round(stage, rollout.problems - trainable))
+        if not collection.groups:
+            raise RuntimeError(
+                f"all {len(collection.failed)} groups of update {self._update + 1} failed: no sample could be "
+                f"scored; verdicts {dict(collection.verdicts)}"
+            )
+        return collection
+
+    def _collect_round(self, stage: Stage, count: int) -> Collection:
+        rollout = self._config.rollout
+        problems = {self._ledger.dispatch(): p for p in self._stream.take(count)}
         self._metrics.set("buffer_depth", self._ledger.depth)
         self._reporter.phase(stage, "rollout")
         decoding = self._decoding(stage, stage.rollout_block, rollout.temperature)
@@ -153,18 +172,13 @@ class Controller:
         for trajectory in (s.trajectory for g in collection.groups for s in g.samples):
             assert (trajectory.weight_versions == self._version).all(), "stale trajectory in a synchronous batch"
             assert trajectory.block_size == stage.rollout_block, "trajectory of another stage"
-        if not collection.groups:
-            raise RuntimeError(
-                f"all {len(problems)} groups of update {self._update + 1} failed: no sample could be scored; "
-                f"verdicts {dict(collection.verdicts)}"
-            )
         return collection
 
     def _settle(self, collection: Collection) -> list[Group]:
         """End every group of the batch in the ledger; returns those to train on."""
         trainable = []
         for group in collection.groups:
-            keep = is_trainable(group.rewards, self._config.learner.loss.accuracy_band)
+            keep = is_trainable(group, self._config.learner.loss)
             self._ledger.end(group.group_id, "trained" if keep else "filtered")
             if keep:
                 trainable.append(group)
@@ -178,16 +192,15 @@ class Controller:
         if not groups:
             return None
         self._reporter.phase(stage, "train")
-        config = self._config
-        spec = UpdateSpec(
-            block_size=stage.train_block,
-            shrink=stage.shrink,
-            lr=stage.lr or config.learner.lr,
-            length_norm=config.learner.loss.length_norm or config.rollout.max_new_tokens,
-            compare_recorded=not stage.is_bridge and stage.shrink == 1,
-        )
         with self._metrics.phase("train"):
-            report = self._learner.update(groups, spec, update=self._update)
+            try:
+                report = self._learner.update(groups, update_spec(self._config, stage), update=self._update)
+            except LearnerError as error:
+                kept = self._folder / "failed" / f"update-{self._update + 1:05d}.parquet"
+                write_traces(kept, groups)
+                raise LearnerError(
+                    f"{error}\nits trajectories are kept; run the update alone with learner.replay={kept}"
+                ) from error
         self._version += 1
         self._publish()
         return report
@@ -200,8 +213,7 @@ class Controller:
     def _enter_stage(self) -> None:
         stage = self._curriculum.stage
         self._best = None
-        if stage.reset_optimizer:
-            self._learner.reset_optimizer()
+        self._learner.start_stage(reset_optimizer=stage.reset_optimizer)
         self._reporter.say(
             f"stage {stage.name}: rollout block {stage.rollout_block}, train block {stage.train_block}, "
             f"at most {stage.gate.updates} updates, gate {stage.gate.kind}"
@@ -307,6 +319,7 @@ class Controller:
             "groups/trained": len(trainable),
             "groups/filtered": len(collection.groups) - len(trainable),
             "groups/failed": len(collection.failed),
+            "groups/refilled": len(collection.groups) + len(collection.failed) - self._config.rollout.problems,
             "groups/retried_samples": collection.retries,
             "idle/rollout": 1 - collection.rollout_busy_s / (wall * actors),
             "idle/learner": 1 - seconds.get("train", 0.0) / wall,
@@ -347,7 +360,6 @@ class Controller:
             "ledger": self._ledger.state_dict(),
             "curriculum": self._curriculum.state_dict(),
             "before": [e.to_dict() for e in self._before],
-            "ranks": self._config.learner.ranks,
         }
         with self._metrics.phase("checkpoint"):
             path = write_checkpoint(
@@ -362,11 +374,6 @@ class Controller:
     def _resume(self, folder: Path) -> None:
         checkpoint = newest_checkpoint(folder / "checkpoints", refused=self._reporter.say)
         state = checkpoint.state
-        if state["ranks"] != self._config.learner.ranks:
-            raise ConfigError(
-                f"{checkpoint.folder} was written by {state['ranks']} learner ranks; "
-                f"set learner.ranks={state['ranks']} to resume from it"
-            )
         try:
             self._curriculum.load_state_dict(state["curriculum"])
         except ValueError as error:
@@ -380,6 +387,17 @@ class Controller:
         self._stream.cursor = state["cursor"]
         self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
+
+
+def update_spec(config: Config, stage: Stage) -> UpdateSpec:
+    """How a stage trains."""
+    return UpdateSpec(
+        block_size=stage.train_block,
+        shrink=stage.shrink,
+        lr=stage.lr or config.learner.lr,
+        length_norm=config.learner.loss.length_norm or config.rollout.max_new_tokens,
+        compare_recorded=not stage.is_bridge and stage.shrink == 1 and config.learner.loss.trace == "trace",
+    )
 
 
 def _tuples(decoding: dict[str, Any]) -> dict[str, Any]:

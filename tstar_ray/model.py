@@ -37,6 +37,7 @@ ARCHITECTURES = {
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 """The tiny model shipped with the package; `load_checkpoint("embedded")` opens it."""
 _REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
+_LOGITS_IN_CHUNK = 64 * 2**20
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>")
 
 
@@ -133,15 +134,21 @@ class BlockDiffusionLM(nn.Module):
         index: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
-        chunk: int = 4096,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of ``targets`` [M] at flat indices ``index`` [M] into [R * N], and entropies; both [M].
-
-        The LM head runs at the targets only, ``chunk`` of them at a time and recomputed in the backward
-        pass, so that a large vocabulary never holds more than one chunk of logits.
-        """
+        """Log-probs of ``targets`` [M] at flat indices ``index`` [M] into [R * N], and entropies; both [M]."""
         hidden = self.hidden(ids, positions, layout).flatten(0, 1).index_select(0, index)
-        if len(index) <= chunk:
+        return self.score(hidden, targets, temperature)
+
+    def score(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [M] of ``targets`` [M] from hidden states [M, hidden].
+
+        The LM head runs ``chunk`` targets at a time (None: about 256 MiB of fp32 logits) and again in the
+        backward pass, so that a vocabulary of 152k never holds more than one chunk of logits.
+        """
+        chunk = chunk or max(64, _LOGITS_IN_CHUNK // len(self.suppressed_V))
+        if len(targets) <= chunk:
             return self._score(hidden, targets, temperature)
         parts = [
             checkpoint(self._score, h, t, temperature, use_reentrant=False)

@@ -58,6 +58,8 @@ def launch(config: Config) -> int:
     from learner.group import LearnerError
     from tstar_ray.reporter import Reporter
 
+    if config.learner.replay:
+        return replay_update(config, config.learner.replay)
     folder = prepare_folder(config)
     total = sum(stage.gate.updates for stage in config.curriculum.resolve())
     with Reporter(folder, total=total) as reporter:
@@ -73,6 +75,45 @@ def launch(config: Config) -> int:
         reporter.table(result.before, result.after)
         reporter.say(f"trained model: {folder / 'final'}")
         return 0
+
+
+def replay_update(config: Config, traces: Path) -> int:
+    """`learner.replay`: one update on saved trajectories, its report printed as JSON."""
+    from cluster.placement import plan, wait_ready
+    from cluster.session import ClusterError, connect
+    from learner.group import LearnerError
+    from learner.report import report_dict
+    from tstar_ray.checkpoint import newest_checkpoint
+    from tstar_ray.controller import update_spec
+    from tstar_ray.trajectory import read_traces
+
+    try:
+        groups = read_traces(traces)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"learner.replay={traces}: not readable as trajectories: {error}") from error
+    block = groups[0].samples[0].trajectory.block_size
+    stages = [stage for stage in config.curriculum.resolve() if stage.rollout_block == block]
+    if not stages:
+        raise ConfigError(
+            f"learner.replay={traces}: block size {block} is in no stage; set curriculum.blocks=[{block}]"
+        )
+    resume, update = config.run.resume, 0
+    checkpoint = newest_checkpoint(resume / "checkpoints", refused=print) if resume else None
+    try:
+        with ExitStack() as stack:
+            session = stack.enter_context(connect(config.cluster, namespace=f"tstar-replay-{os.getpid()}"))
+            placement = plan(config, session.resources)
+            learner = _start_learner(config, placement, stack)
+            wait_ready(learner.start(config.cluster.start_timeout_s), config.cluster.start_timeout_s, "learner")
+            if checkpoint:
+                learner.load(checkpoint.folder / "learner")
+                update = checkpoint.state["update"]
+            report = learner.update(groups, update_spec(config, stages[-1]), update=update)
+    except (ClusterError, LearnerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report_dict(report), indent=1))
+    return 0
 
 
 def prepare_folder(config: Config) -> Path:
@@ -146,7 +187,6 @@ def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: An
     from cluster.placement import wait_ready
     from cluster.pool import ActorPool
     from cluster.weights import ObjectStoreTransport
-    from learner.group import LearnerGroup
     from reward.actor import remote_class as reward_class
     from tstar_ray.collector import Collector, Limits
 
@@ -167,16 +207,7 @@ def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: An
         )
 
     reporter.phase(None, "starting actors")
-    learner = LearnerGroup(
-        config.model,
-        config.learner,
-        options=placement.learner,
-        threads=placement.learner_threads,
-        seed=config.run.seed,
-        weights=transport,
-        name=lambda name: name,
-    )
-    stack.callback(learner.stop)
+    learner = _start_learner(config, placement, stack)
     restarts = config.actors.max_restarts
     rollouts = ActorPool("rollout", make_rollout, count=config.actors.count, max_restarts=restarts)
     stack.callback(rollouts.stop)
@@ -192,6 +223,23 @@ def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: An
     )
     collector = Collector(rollouts, rewards, transport, limits, seed=config.run.seed, on_event=reporter.say)
     return learner, collector
+
+
+def _start_learner(config: Config, placement: Any, stack: ExitStack) -> Any:
+    from cluster.weights import ObjectStoreTransport
+    from learner.group import LearnerGroup
+
+    learner = LearnerGroup(
+        config.model,
+        config.learner,
+        options=placement.learner,
+        threads=placement.learner_threads,
+        seed=config.run.seed,
+        weights=ObjectStoreTransport(),
+        name=lambda name: name,
+    )
+    stack.callback(learner.stop)
+    return learner
 
 
 class _Signals:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.objective import group_advantages, is_trainable, token_terms
+from learner.objective import importance, kl_terms, token_terms, value_terms
 from learner.packing import SlicedSample, token_weights
 
 
@@ -61,35 +61,6 @@ def test_trap_39_k3_is_nonnegative_with_zero_value_and_gradient_at_equality():
     np.testing.assert_allclose(new.grad.numpy(), 1 - np.exp(-new.detach().numpy()), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("rewards", "kind", "expected"),
-    [
-        ([1, 0, 0, 0], "zscore", [math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)]),
-        ([1, 0, 0, 0], "mean", [0.75, -0.25, -0.25, -0.25]),
-        ([1, 0, 0, 0], "leave_one_out", [1.0, -1 / 3, -1 / 3, -1 / 3]),
-        ([1, 1, 1], "zscore", [0, 0, 0]),
-        ([0, 0], "leave_one_out", [0, 0]),
-    ],
-)
-def test_trap_37_advantages_use_the_population_deviation(rewards, kind, expected):
-    np.testing.assert_allclose(group_advantages(np.array(rewards, dtype=float), kind), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("mean", "band", "kept"),
-    [(0.2, (0.2, 0.8), True), (0.8, (0.2, 0.8), True), (0.1, (0.2, 0.8), False), (0.9, (0.2, 0.8), False)],
-)
-def test_trap_37_band_bounds_are_kept(mean, band, kept):
-    rewards = np.zeros(10)
-    rewards[: round(mean * 10)] = 1
-    assert is_trainable(rewards, band) is kept
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_groups_without_contrast_are_never_trained(value):
-    assert not is_trainable(np.full(8, value), (0.0, 1.0))
-
-
 def sample_of(slice_sizes):
     """A sample whose slices have the given numbers of targets; nothing else of it matters here."""
     target_slice = np.repeat(np.arange(len(slice_sizes)), slice_sizes)
@@ -112,3 +83,65 @@ def test_trap_36_golden_token_weights(normaliser, first, second):
     weights = token_weights([sample_of([2, 3, 1]), sample_of([2])], normaliser, length_norm=10)
     np.testing.assert_allclose(weights[0], first, rtol=1e-6)
     np.testing.assert_allclose(weights[1], second, rtol=1e-6)
+
+
+def test_kl_estimators_equal_their_definitions_and_agree_in_the_mean():
+    """Over draws from pi, k1 and k3 estimate KL(pi || reference) without bias."""
+    rng = np.random.default_rng(0)
+    policy, reference = rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5) * 20)
+    drawn = rng.choice(5, 200_000, p=policy)
+    new, ref = torch.tensor(np.log(policy)[drawn]), torch.tensor(np.log(reference)[drawn])
+    exact = float((policy * np.log(policy / reference)).sum())
+    assert kl_terms(new, ref, "k1").mean().item() == pytest.approx(exact, abs=0.02)
+    assert kl_terms(new, ref, "k3").mean().item() == pytest.approx(exact, abs=0.02)
+    d = np.log(policy / reference)[drawn]
+    np.testing.assert_allclose(kl_terms(new, ref, "k2").numpy(), d * d / 2)
+
+
+def test_kl_to_another_reference_leaves_the_ratio_alone():
+    new, old, ref = (torch.tensor([v], dtype=torch.float64) for v in (-1.0, -1.0, -3.0))
+    terms = token_terms(
+        new, old, torch.ones(1), clip_low=0.2, clip_high=0.2, kl_coef=0.5, kl_estimator="k1", reference=ref
+    )
+    assert terms.ratio.item() == 1.0
+    assert terms.loss.item() == pytest.approx(-1 + 0.5 * 2)
+
+
+SAMPLE, STEP = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 0, 1])
+GAP = [0.5, 0.5, -0.2, -0.9, 0.1]
+"""log pi_old - log pi_recorded of five tokens of two samples."""
+
+
+@pytest.mark.parametrize(
+    ("level", "products"),
+    [
+        ("token", GAP),
+        ("step", [1.0, 1.0, -0.2, -0.9, 0.1]),
+        ("sequence", [0.8, 0.8, 0.8, -0.8, -0.8]),
+    ],
+)
+def test_importance_grid_against_plain_products(level, products):
+    old = torch.tensor(GAP, dtype=torch.float64)
+    arguments = (old, torch.zeros(5, dtype=torch.float64), SAMPLE, STEP)
+    clipped = importance(*arguments, level=level, mode="clip", bound=2.0)
+    np.testing.assert_allclose(clipped.numpy(), [min(math.exp(g), 2.0) for g in products])
+    masked = importance(*arguments, level=level, mode="mask", bound=2.0)
+    np.testing.assert_array_equal(masked.numpy(), [0.5 <= math.exp(g) <= 2.0 for g in products])
+
+
+def test_importance_weights_the_surrogate_and_not_the_kl():
+    new = torch.tensor([-1.0, -1.0], requires_grad=True)
+    weight = torch.tensor([0.0, 3.0])
+    terms = token_terms(
+        new, torch.full((2,), -1.5), torch.ones(2), clip_low=0.9, clip_high=9.0, kl_coef=0.1, importance=weight
+    )
+    ratio = math.exp(0.5)
+    kl = math.exp(-0.5) - 1 + 0.5
+    np.testing.assert_allclose(terms.loss.detach().numpy(), [0.1 * kl, 0.1 * kl - 3 * ratio], rtol=1e-6)
+
+
+def test_trap_45_value_loss_table():
+    """Value, value before, return -> loss, at clip .2."""
+    rows = [(1.0, 1.0, 3.0, 2.0), (2.0, 1.0, 3.0, (1.2 - 3) ** 2 / 2), (0.0, 1.0, 3.0, 4.5), (3.1, 1.0, 1.0, 2.1**2 / 2)]
+    new, old, returns, expected = (torch.tensor(column) for column in zip(*rows))
+    np.testing.assert_allclose(value_terms(new, old, returns, 0.2).numpy(), expected.numpy(), rtol=1e-6)

@@ -33,7 +33,7 @@ def make_groups(count, *, size=4, seed=0):
 
 def _rank(rank, world, port, script, arguments, queue):
     try:
-        from learner.trainer import join_process_group
+        from learner.backend import join_process_group
 
         torch.set_num_threads(1)
         join_process_group(
@@ -76,7 +76,7 @@ def make_trainer(**settings):
 
 
 def make_spec(**changes):
-    from learner.trainer import UpdateSpec
+    from learner.report import UpdateSpec
 
     return UpdateSpec(
         **{"block_size": 4, "shrink": 1, "lr": 1e-3, "length_norm": 32, "compare_recorded": True} | changes
@@ -147,7 +147,7 @@ def _resume(folder):
     trainer.update(make_groups(3, seed=2), make_spec(), update=2)
     resumed = trainer.flat_weights().numpy()
     trainer.load(folder)
-    trainer.reset_optimizer()
+    trainer.start_stage(reset_optimizer=True)
     trainer.update(make_groups(3, seed=2), make_spec(), update=2)
     return straight, resumed, trainer.flat_weights().numpy()
 

@@ -107,7 +107,8 @@ def test_the_head_in_chunks_gives_the_same_log_probs_and_gradient(chunk):
     results = []
     for size in (4096, chunk):
         model.zero_grad()
-        logprobs, entropy = model(ids, position, layout, torch.arange(12), torch.arange(12), 0.7, size)
+        hidden = model.hidden(ids, position, layout)[0]
+        logprobs, entropy = model.score(hidden, torch.arange(12), 0.7, size)
         logprobs.sum().backward()
         results.append((logprobs.detach(), entropy, flatten_grad(model)))
     for a, b in zip(*results):

@@ -1,0 +1,167 @@
+"""DeepSpeed, and nothing else: one module under one engine, and the process group its ranks share.
+
+Micro-batches vary in number, so the accumulation boundary is set by hand. The optimizer is PyTorch's AdamW:
+DeepSpeed's own are compiled at start-up, which needs a compiler that a laptop or a container may not have.
+
+Checkpoints are DeepSpeed's. At the rank count that wrote them they continue bit for bit; at another one rank 0
+converts them to DeepSpeed's universal format first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tstar_ray.config import LearnerConfig
+
+_TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
+
+
+class Backend:
+    """One module and its optimizer; every method is called on all ranks."""
+
+    def __init__(self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]], config: LearnerConfig) -> None:
+        """``groups`` are parameter groups with a learning rate each; together all parameters of ``module``."""
+        first = groups[0][0]
+        deepspeed = import_deepspeed(first.device)
+        self._stage = config.zero_stage
+        self.module = module
+        optimizer = torch.optim.AdamW(
+            [{"params": list(group)} for group in groups],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config=_deepspeed_config(config, first.dtype),
+        )
+        self.engine.train()
+        self._gathered = deepspeed.zero.GatheredParameters
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of the summed loss over all ranks; ``last``: of this optimizer step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; our losses are shares of one sum.
+        self.engine.backward(loss * dist.get_world_size())
+
+    def step(self, rates: Sequence[float]) -> float:
+        """One optimizer step with a learning rate for each group; returns the gradient norm, NaN if unknown."""
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def reset_optimizer(self) -> None:
+        """Zero the Adam moments and step counts in place."""
+        base = getattr(self._optimizer, "optimizer", self._optimizer)
+        for state in base.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
+
+    @contextlib.contextmanager
+    def full_parameters(self) -> Iterator[None]:
+        """Whole parameters on every rank; they are shards outside under ZeRO-3."""
+        if self._stage < 3:
+            yield
+        else:
+            with self._gathered(list(self.module.parameters()), modifier_rank=None):
+                yield
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write weights, optimizer and ``state``."""
+        self.engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tstar_ray": state})
+        if dist.get_rank() == 0:
+            (folder / _WORLD).write_text(json.dumps(dist.get_world_size()))
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from `save`; returns its ``state``. Raises ValueError where nothing was saved."""
+        tag, file = _TAG, folder / _WORLD
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no learner state")
+        if self._stage and json.loads(file.read_text()) != dist.get_world_size():
+            tag = _UNIVERSAL
+            if dist.get_rank() == 0:
+                _convert(folder)
+            dist.barrier()
+        self.engine._config.load_universal_checkpoint = tag == _UNIVERSAL
+        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"{folder} holds no learner state")
+        return state["tstar_ray"]
+
+
+def _convert(folder: Path) -> None:
+    """To DeepSpeed's universal format, beside the original."""
+    if (folder / _UNIVERSAL).is_dir():
+        return
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / _TAG), "--output_folder", str(folder / _UNIVERSAL)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{folder} cannot be converted for another rank count: {done.stderr.strip()[-500:]}")
+
+
+def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grad_clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed such that no compiler is needed on CPU and it keeps quiet."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # An inference-only operator that would be compiled at start-up, and fail without g++ and ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def join_process_group(*, rank: int, world: int, host: str, port: int, device: torch.device, timeout_s: float) -> None:
+    """Rendezvous of the learner's ranks under DeepSpeed; gloo on CPU, NCCL on GPU."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=str(port))
+    deepspeed = import_deepspeed(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )

@@ -1,0 +1,141 @@
+"""What goes into an update, and what it reports: sums over micro-batches, then ranks, then means."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+TAIL = 2.0
+"""Ratios of engine to learner beyond this factor count as tails."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSpec:
+    """What of the stage an update needs."""
+
+    block_size: int
+    """Training block."""
+    shrink: int
+    """Denoising steps merged into one slice."""
+    lr: float
+    """Learning rate after the warm-up."""
+    length_norm: int
+    """Tokens `const_len` divides by."""
+    compare_recorded: bool
+    """Report the distance to the engine's log-probs; meaningless in a bridge."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """Means over the target tokens of an update, unless said otherwise."""
+
+    loss: float
+    """Mean over optimizer steps of the minimised loss."""
+    kl: float
+    """To the reference policy (nats), see loss.kl_reference and loss.kl_estimator."""
+    clip_fraction: float
+    """Share of tokens whose gradient the clip took away."""
+    ratio_max: float
+    """Largest pi_theta / pi_old."""
+    entropy: float
+    """Of the policy at the targets (nats)."""
+    grad_norm: float
+    """Largest over optimizer steps, before clipping."""
+    replay_error: float
+    """Largest |log-prob before the update - recorded by the engine|; NaN in a bridge, as the next two."""
+    mismatch_kl: float
+    """k3 of the engine's policy to the learner's before the update (nats)."""
+    ratio_tails: float
+    """Share of tokens where the two differ by more than a factor of 2."""
+    importance: float
+    """Mean weight of the importance correction; 1 where there is none."""
+    value_loss: float
+    """Mean clipped value loss before its weight; NaN without a value model, as the next one."""
+    explained_variance: float
+    """1 - var(return - value) / var(return), values before the update."""
+    lr: float
+    """Of the last optimizer step."""
+    steps: int
+    """Optimizer steps taken."""
+    samples: int
+    """Trajectories trained on."""
+    targets: int
+    """Target tokens."""
+    forwarded_tokens: int
+    """Tokens of the packed rows, padding left out, each once."""
+    seconds: float
+    """Wall time of the update."""
+
+
+class Sums:
+    """Sums over micro-batches, then over ranks."""
+
+    NAMES = (
+        "loss", "kl", "clipped", "entropy", "targets", "forwarded", "mismatch", "tails", "importance",
+        "value_loss", "returns", "returns2", "residual", "residual2",
+    )  # fmt: skip
+    MAXIMA = ("ratio", "replay_error")
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(self.NAMES, 0.0)
+        self.maxima = dict.fromkeys(self.MAXIMA, 0.0)
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        """Add to sums by name."""
+        for name, value in values.items():
+            self.sums[name] += float(value)
+
+    def top(self, **values: torch.Tensor) -> None:
+        """Raise maxima by name."""
+        for name, value in values.items():
+            self.maxima[name] = max(self.maxima[name], float(value))
+
+    def reduce(self, device: torch.device) -> None:
+        """Over all ranks; collective."""
+        for values, operation in ((self.sums, dist.ReduceOp.SUM), (self.maxima, dist.ReduceOp.MAX)):
+            packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+            dist.all_reduce(packed, op=operation)
+            values.update(zip(values, packed.tolist()))
+
+    def report(
+        self,
+        *,
+        lr: float,
+        grad_norm: float,
+        steps: int,
+        samples: int,
+        seconds: float,
+        comparable: bool,
+        has_value: bool,
+    ) -> UpdateReport:
+        """Means of what was summed."""
+        total, targets, nan = self.sums, max(self.sums["targets"], 1.0), float("nan")
+        variance = total["returns2"] / targets - (total["returns"] / targets) ** 2
+        unexplained = total["residual2"] / targets - (total["residual"] / targets) ** 2
+        return UpdateReport(
+            loss=total["loss"] / steps,
+            kl=total["kl"] / targets,
+            clip_fraction=total["clipped"] / targets,
+            ratio_max=self.maxima["ratio"],
+            entropy=total["entropy"] / targets,
+            grad_norm=grad_norm,
+            replay_error=self.maxima["replay_error"] if comparable else nan,
+            mismatch_kl=total["mismatch"] / targets if comparable else nan,
+            ratio_tails=total["tails"] / targets if comparable else nan,
+            importance=total["importance"] / targets,
+            value_loss=total["value_loss"] / targets if has_value else nan,
+            explained_variance=1 - unexplained / variance if has_value and variance > 0 else nan,
+            lr=lr,
+            steps=steps,
+            samples=samples,
+            targets=int(targets),
+            forwarded_tokens=int(total["forwarded"]),
+            seconds=seconds,
+        )
+
+
+def report_dict(report: UpdateReport) -> dict[str, float]:
+    """For logs."""
+    return {name: float(value) for name, value in asdict(report).items()}
