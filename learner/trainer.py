@@ -199,9 +199,9 @@ class Trainer:
             advantage, target = torch.empty(len(found)), torch.empty(len(found))
             numbers = found.double().cpu().numpy()
             for sample in batch.sample.unique():
-                where = (batch.sample == sample).nonzero().squeeze(1)
-                reward = float(batch.advantage[where[0]])
-                pair = gae(numbers[where], batch.step[where].numpy(), reward, gamma=config.gamma, lam=config.lam)
+                where = batch.sample == sample
+                steps, reward = batch.step[where].numpy(), float(batch.advantage[where][0])
+                pair = gae(numbers[where.numpy()], steps, reward, gamma=config.gamma, lam=config.lam)
                 advantage[where], target[where] = (torch.from_numpy(x).float() for x in pair)
             batches.append(replace(batch, advantage=advantage))
             returns.append(target.to(found))

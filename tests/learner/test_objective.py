@@ -142,6 +142,11 @@ def test_importance_weights_the_surrogate_and_not_the_kl():
 
 def test_trap_45_value_loss_table():
     """Value, value before, return -> loss, at clip .2."""
-    rows = [(1.0, 1.0, 3.0, 2.0), (2.0, 1.0, 3.0, (1.2 - 3) ** 2 / 2), (0.0, 1.0, 3.0, 4.5), (3.1, 1.0, 1.0, 2.1**2 / 2)]
+    rows = [
+        (1.0, 1.0, 3.0, 2.0),
+        (2.0, 1.0, 3.0, (1.2 - 3) ** 2 / 2),
+        (0.0, 1.0, 3.0, 4.5),
+        (3.1, 1.0, 1.0, 2.1**2 / 2),
+    ]
     new, old, returns, expected = (torch.tensor(column) for column in zip(*rows))
     np.testing.assert_allclose(value_terms(new, old, returns, 0.2).numpy(), expected.numpy(), rtol=1e-6)

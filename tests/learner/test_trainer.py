@@ -179,6 +179,169 @@ def _bridge():
     return dataclasses.asdict(make_trainer().update(make_groups(4), spec, update=0))
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_resume_at_another_rank_count_through_the_universal_format(tmp_path, zero_stage):
+    """Two ranks train and save; one rank goes on; the result is that of two ranks going on."""
+    straight = on_ranks(2, _train_and_save, folder=str(tmp_path), zero_stage=zero_stage)
+    resumed = on_ranks(1, _load_and_train, folder=str(tmp_path), zero_stage=zero_stage)
+    again = on_ranks(2, _load_and_train, folder=str(tmp_path), zero_stage=zero_stage)
+    np.testing.assert_array_equal(again, straight)
+    assert np.abs(straight).max() > 0
+    assert np.linalg.norm(resumed - straight) < 1e-4 * np.linalg.norm(straight - _start_weights())
+
+
+def _start_weights():
+    return torch.cat([p.detach().reshape(-1) for p in make_model().parameters()]).numpy()
+
+
+def _train_and_save(folder, zero_stage):
+    trainer = make_trainer(zero_stage=zero_stage)
+    for u in range(2):
+        trainer.update(make_groups(3, seed=u), make_spec(), update=u)
+    trainer.save(folder)
+    trainer.update(make_groups(3, seed=2), make_spec(), update=2)
+    return trainer.flat_weights().numpy()
+
+
+def _load_and_train(folder, zero_stage):
+    trainer = make_trainer(zero_stage=zero_stage)
+    trainer.load(folder)
+    assert trainer.optimizer_steps == 2
+    trainer.update(make_groups(3, seed=2), make_spec(), update=2)
+    return trainer.flat_weights().numpy()
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(2, "optimizer"), (3, "all")])
+def test_offload_does_not_change_training(one_rank, zero_stage, offload):
+    assert_same_training(on_ranks(1, train, zero_stage=zero_stage, offload=offload), one_rank)
+
+
+def test_gradient_checkpointing_does_not_change_training(one_rank):
+    assert_same_training(on_ranks(1, train, gradient_checkpointing=True), one_rank)
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_value_model_is_split_over_ranks_without_a_difference(kind):
+    value = {"kind": kind, "lr": 1e-3, "gamma": 0.95, "lam": 0.9}
+    one = on_ranks(1, train, value=value, steps_per_update=2)
+    two = on_ranks(2, train, value=value, steps_per_update=2, zero_stage=2)
+    assert_same_training(two, one)
+    for a, b in zip(one[2], two[2]):
+        assert a["value_loss"] == pytest.approx(b["value_loss"], rel=1e-4)
+    assert one[2][0]["value_loss"] > 0
+
+
+def test_trap_45_a_zero_head_gives_the_plain_rewards_first_and_then_learns():
+    plain, valued, losses, variance = on_ranks(1, _value_learns)
+    assert valued["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert valued["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+    assert losses[-1] < 0.6 * losses[0], f"the value model learns a batch it sees again and again: {losses}"
+    assert variance > 0.3
+
+
+def _value_learns():
+    plain = make_trainer().update(make_groups(4), make_spec(), update=0)
+    trainer = make_trainer(value={"kind": "separate", "lr": 1e-2, "clip": 10.0}, lr=1e-9)
+    reports = [trainer.update(make_groups(4), make_spec(lr=1e-9), update=u) for u in range(40)]
+    first, losses = reports[0], [r.value_loss for r in reports]
+    return dataclasses.asdict(plain), dataclasses.asdict(first), losses, reports[-1].explained_variance
+
+
+def test_value_model_is_part_of_the_checkpoint(tmp_path):
+    straight, resumed = on_ranks(1, _resume_value, folder=str(tmp_path))
+    assert straight == resumed
+
+
+def _resume_value(folder):
+    settings = {"value": {"kind": "separate", "lr": 1e-3}, "loss": {"kl_reference": "stage", "kl_coef": 0.1}}
+    trainer = make_trainer(**settings)
+    trainer.update(make_groups(3, seed=0), make_spec(), update=0)
+    trainer.start_stage(reset_optimizer=False)
+    trainer.update(make_groups(3, seed=1), make_spec(), update=1)
+    trainer.save(folder)
+    trainers = [trainer, make_trainer(**settings)]
+    trainers[1].load(folder)
+    reports = [t.update(make_groups(3, seed=2), make_spec(), update=2) for t in trainers]
+    assert reports[0].kl > 0, "the reference is the policy before the last update"
+    return [dataclasses.asdict(dataclasses.replace(r, seconds=0.0)) for r in reports]
+
+
+def test_kl_references_are_what_they_say():
+    initial, stage, kept = on_ranks(1, _references)
+    assert initial[0] == 0.0
+    assert initial[1] > 0.0
+    assert initial[2] > initial[1] / 2, "the initial model stays the reference after a stage change"
+    assert stage[1] > 0.0
+    assert stage[2] == 0.0, "a new stage starts at its own reference"
+    assert kept < initial[2], "a strong KL keeps the policy near its reference"
+
+
+def _references():
+    found = []
+    for reference, coef in (("initial", 1e-3), ("stage", 1e-3), ("initial", 30.0)):
+        trainer = make_trainer(loss={"kl_reference": reference, "kl_coef": coef})
+        kls = [trainer.update(make_groups(4, seed=u), make_spec(), update=u).kl for u in range(3)]
+        trainer.start_stage(reset_optimizer=False)
+        found.append([*kls[:2], trainer.update(make_groups(4, seed=3), make_spec(), update=3).kl])
+    return found[0], found[1], found[2][2]
+
+
+def test_importance_correction_in_the_trainer():
+    """Recorded log-probs here are random, far from the policy's: the clip and the mask must bite."""
+    found = on_ranks(1, _corrections)
+    assert found["none"]["importance"] == 1.0
+    assert found["none"]["ratio_tails"] > 0.1
+    assert found["none"]["mismatch_kl"] > 0.0
+    for name in ("token-clip", "step-clip", "sequence-clip", "token-mask", "step-mask", "sequence-mask"):
+        assert 0 <= found[name]["importance"] < 2, name
+        assert found[name]["loss"] != found["none"]["loss"], name
+    assert found["sequence-mask"]["importance"] < found["token-mask"]["importance"] < 1
+
+
+def _corrections():
+    found = {"none": make_trainer()}
+    for level in ("token", "step", "sequence"):
+        for mode in ("clip", "mask"):
+            found[f"{level}-{mode}"] = make_trainer(loss={"correction": {"level": level, "mode": mode}})
+    return {
+        name: dataclasses.asdict(trainer.update(make_groups(4), make_spec(), update=0))
+        for name, trainer in found.items()
+    }
+
+
+@pytest.mark.parametrize("trace", ["random", "coupled"])
+def test_masking_baselines_train_through_the_same_trainer(trace):
+    one = on_ranks(1, train, loss={"trace": trace})
+    two = on_ranks(2, train, loss={"trace": trace}, zero_stage=2)
+    assert_same_training(two, one)
+    everything = sum(s.trajectory.completion_len for g in make_groups(5, seed=0) for s in g.samples)
+    if trace == "coupled":
+        assert one[2][0]["targets"] == everything
+    else:
+        assert 0.2 * everything < one[2][0]["targets"] < 0.8 * everything
+
+
+def test_a_loss_that_is_not_finite_names_the_trajectory_and_keeps_the_weights():
+    message, moved = on_ranks(1, _not_finite)
+    assert "policy loss is nan at sample 1 of group 2, denoising slice" in message
+    assert moved == 0.0
+
+
+def _not_finite():
+    from learner.trainer import UpdateError
+
+    groups = make_groups(3)
+    bad = groups[2].samples[1]
+    logprobs = np.full_like(bad.trajectory.logprobs, np.nan)
+    bad = dataclasses.replace(bad, trajectory=dataclasses.replace(bad.trajectory, logprobs=logprobs))
+    groups[2] = dataclasses.replace(groups[2], samples=(groups[2].samples[0], bad, *groups[2].samples[2:]))
+    trainer = make_trainer(loss={"correction": {"level": "token"}})
+    before = trainer.flat_weights()
+    with pytest.raises(UpdateError) as caught:
+        trainer.update(groups, make_spec(), update=0)
+    return str(caught.value), float((trainer.flat_weights() - before).abs().max())
+
+
 def test_export_opens_with_plain_transformers_under_zero_3(tmp_path):
     flat = on_ranks(2, _export, folder=str(tmp_path))
     from transformers import AutoModelForCausalLM
