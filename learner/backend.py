@@ -29,6 +29,10 @@ from tstar_ray.config import LearnerConfig
 _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
 
 
+class UpdateError(FloatingPointError):
+    """An update that is not finite. The weights are those before the optimizer step it would have taken."""
+
+
 class Backend:
     """One module and its optimizer; every method is called on all ranks."""
 
@@ -64,12 +68,24 @@ class Backend:
         self.engine.backward(loss * dist.get_world_size())
 
     def step(self, rates: Sequence[float]) -> float:
-        """One optimizer step with a learning rate for each group; returns the gradient norm, NaN if unknown."""
+        """One optimizer step with a learning rate for each group; returns the gradient norm, NaN if unknown.
+
+        Raises UpdateError where the gradient is not finite, and then takes no step (DeepSpeed alone would
+        skip it with a warning, and ZeRO 0 would take it).
+        """
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.engine.step()
+        skipped = self.engine.skipped_steps
+        finite = self._stage > 0 or all(bool(torch.isfinite(g).all()) for g in self._gradients())
+        if finite:
+            self.engine.step()
+        if not finite or self.engine.skipped_steps > skipped:
+            raise UpdateError("the gradient is not finite though the loss is; no step was taken")
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def reset_optimizer(self) -> None:
         """Zero the Adam moments and step counts in place."""

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from learner.backend import Backend
+from learner.backend import Backend, UpdateError
 from learner.credit import credit, gae
 from learner.layout import WIDTH_MULTIPLE, make_layout
 from learner.modules import Policy, ValueModel
@@ -46,10 +46,6 @@ from tstar_ray.trajectory import Group, Trajectory
 from tstar_ray.weights import flatten, load_flat
 
 _REFERENCE = "reference.safetensors"
-
-
-class UpdateError(FloatingPointError):
-    """A loss that is not finite; names the trajectory. The weights are those before the optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)

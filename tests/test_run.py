@@ -93,6 +93,53 @@ def test_a_whole_run_walks_through_its_stages_and_says_so(full):
     assert all(0 <= e["low"] <= e["accuracy"] <= e["high"] <= 1 for e in result["before"] + result["after"])
 
 
+def test_an_update_replays_alone_from_its_saved_trajectories(full, tmp_path):
+    """The first update of the run again, without actors: the same loss from the same start."""
+    folder, _ = full
+    settings = [*SMALL, "learner.ranks=2", "learner.steps_per_update=2"]
+    traces = folder / "traces" / "update-00001.parquet"
+    _, output = run(tmp_path, *settings, f"learner.replay={traces}")
+    report, first = json.loads(output[output.index("{") : output.rindex("}") + 1]), records(folder)[0]
+    assert report["samples"] == 4 * first["groups/trained"] > 0
+    assert report["loss"] == pytest.approx(first["learner/loss"], rel=1e-4, abs=1e-7)
+    assert report["replay_error"] < 1e-4
+    assert not (tmp_path / "job").exists(), "a replay leaves no run folder"
+
+
+def test_a_diverged_update_ends_the_run_and_keeps_the_batch(tmp_path):
+    folder, output = run(
+        tmp_path,
+        *SMALL,
+        "learner.steps_per_update=2",
+        "learner.warmup_updates=0",
+        "learner.lr=1e30",
+        "rollout.problems=16",
+        expect=2,
+    )
+    kept = folder / "failed" / "update-00001.parquet"
+    assert "not finite" in output
+    assert f"learner.replay={kept}" in output
+    assert len(read_traces(kept)) > 0
+
+
+def test_refill_replaces_filtered_groups_and_counts_them(tmp_path):
+    folder, _ = run(
+        tmp_path, *SMALL, "curriculum.updates=[1,1]", "rollout.refill=3", "learner.loss.accuracy_band=[0.3,0.7]"
+    )
+    found = records(folder)
+    assert any(r["groups/refilled"] > 0 for r in found)
+    for r in found:
+        assert r["groups/trained"] <= 6
+        assert r["groups/trained"] + r["groups/filtered"] + r["groups/failed"] == 6 + r["groups/refilled"]
+
+
+def test_the_value_model_learns_in_a_whole_run(tmp_path):
+    folder, _ = run(tmp_path, *SMALL, "learner.value.kind=shared", "learner.loss.kl_reference=stage")
+    assert all(np.isfinite(r["learner/value_loss"]) for r in records(folder))
+    tied = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert not [name for name, _ in tied.named_parameters() if "head.weight" in name and "lm_head" not in name]
+
+
 def test_invariant_6_every_dispatched_group_ended(full):
     ended = {}
     for r in records(full[0]):

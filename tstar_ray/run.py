@@ -81,6 +81,7 @@ def replay_update(config: Config, traces: Path) -> int:
     """`learner.replay`: one update on saved trajectories, its report printed as JSON."""
     from cluster.placement import plan, wait_ready
     from cluster.session import ClusterError, connect
+    from learner.credit import is_trainable
     from learner.group import LearnerError
     from learner.report import report_dict
     from tstar_ray.checkpoint import newest_checkpoint
@@ -91,6 +92,9 @@ def replay_update(config: Config, traces: Path) -> int:
         groups = read_traces(traces)
     except (OSError, ValueError) as error:
         raise ConfigError(f"learner.replay={traces}: not readable as trajectories: {error}") from error
+    groups = [group for group in groups if is_trainable(group, config.learner.loss)]
+    if not groups:
+        raise ConfigError(f"learner.replay={traces}: none of its groups has contrast inside learner.loss.accuracy_band")
     block = groups[0].samples[0].trajectory.block_size
     stages = [stage for stage in config.curriculum.resolve() if stage.rollout_block == block]
     if not stages:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from synthetic import make_model, make_trajectory
 
+from learner.layout import FlexLayout, make_layout
 from learner.objective import token_terms
 from learner.packing import balance, pack, slice_sample, token_weights
 from tstar_ray.blocks import build_slices, ceil_to_block, train_visibility
@@ -197,3 +198,32 @@ def test_padding_of_a_trajectory_in_a_bridge_is_masked():
     assert (sample.ids[rest] == 63).all()
     assert len(sample.ids) == sample.block[-1] * 8 + 8 * (sample.slice_id.max() + 1)
     assert ceil_to_block(len(trajectory.token_ids), 8) == sample.position.max() + 1
+
+
+def test_flex_attention_follows_the_same_rule_as_the_dense_bias():
+    """Uncompiled, on CPU, forward only: the kernel itself needs a GPU, the rule it is given does not."""
+    model = make_model(seed=1)
+    samples = sliced(trajectories(4, count=6), train_block=8, shrink=2)
+    weights = token_weights(samples, "token_mean", length_norm=1)
+    batches = pack(samples, weights, row_tokens=200, micro_batch_tokens=800, width_multiple=128)
+    assert any((b.document < 0).any() for b in batches), "padding must be covered"
+    for batch in batches:
+        dense = make_layout(batch, torch.float32)
+        flex = FlexLayout(batch.document, batch.block, batch.slice_id, compiled=False)
+        with torch.no_grad():
+            expected, found = (
+                model(batch.ids, batch.positions, layout, batch.index, batch.targets)[0] for layout in (dense, flex)
+            )
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_row_widths_are_rounded_up_without_a_difference():
+    model = make_model(seed=1)
+    samples = sliced(trajectories(4, count=9), train_block=4)
+    weights = token_weights(samples, "token_mean", length_norm=1)
+    tight = pack(samples, weights, row_tokens=200, micro_batch_tokens=800)
+    wide = pack(samples, weights, row_tokens=200, micro_batch_tokens=800, width_multiple=128)
+    assert {b.ids.shape[1] % 128 for b in wide} == {0}
+    assert {b.ids.shape[1] % 128 for b in tight} != {0}
+    losses = [batch_loss(model, batches).item() for batches in (tight, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

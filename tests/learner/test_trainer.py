@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_names_the_trajectory_and_keeps_the_weights():
 
 
 def _not_finite():
-    from learner.trainer import UpdateError
+    from learner.backend import UpdateError
 
     groups = make_groups(3)
     bad = groups[2].samples[1]
@@ -339,6 +339,25 @@ def _not_finite():
     before = trainer.flat_weights()
     with pytest.raises(UpdateError) as caught:
         trainer.update(groups, make_spec(), update=0)
+    return str(caught.value), float((trainer.flat_weights() - before).abs().max())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_gradient_that_is_not_finite_stops_the_update_before_the_step(zero_stage):
+    message, moved = on_ranks(1, _bad_gradient, zero_stage=zero_stage)
+    assert "gradient is not finite" in message
+    assert moved == 0.0
+
+
+def _bad_gradient(zero_stage):
+    from learner.backend import UpdateError
+
+    trainer = make_trainer(zero_stage=zero_stage)
+    before = trainer.flat_weights()
+    parameter = trainer._model.hf.model.layers[0].mlp.up_proj.weight
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(UpdateError) as caught:
+        trainer.update(make_groups(3), make_spec(), update=0)
     return str(caught.value), float((trainer.flat_weights() - before).abs().max())
 
 

@@ -110,6 +110,26 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["learner.loss.correction.level=step", "curriculum.bridge_updates=3"],
+            "in stage b4-8 (rollout block 4, train block 8, shrink 1) recorded log-probs are of other conditionals",
+        ),
+        (["learner.loss.correction.level=token", "curriculum.shrink=2"], "shrink 2) recorded log-probs"),
+        (["learner.loss.correction.level=token", "learner.loss.trace=coupled"], "needs loss.trace=trace"),
+        (["learner.value.kind=shared", "learner.loss.trace=random"], "value.kind=shared needs loss.trace=trace"),
+        (["learner.offload=optimizer", "learner.zero_stage=0"], "offload=optimizer needs zero_stage 1, 2 or 3"),
+        (["learner.offload=all", "learner.zero_stage=2"], "offload=all needs zero_stage=3, not 2"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, settings)
+    assert message in str(error.value)
+
+
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
