@@ -37,7 +37,8 @@ ARCHITECTURES = {
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 """The tiny model shipped with the package; `load_checkpoint("embedded")` opens it."""
 _REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
-_LOGITS_IN_CHUNK = 64 * 2**20
+_LOGITS_IN_CHUNK = {False: 2**21, True: 2**25}
+"""On CPU and on CUDA: logits held at a time, a few copies of which are alive in the backward pass."""
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>")
 
 
@@ -124,7 +125,8 @@ class BlockDiffusionLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
         logits = self.hf.lm_head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.suppressed_V, -torch.inf)
+        # In place: no vocabulary-sized copy more, and nothing saved for the backward pass is overwritten.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill_(self.suppressed_V, -torch.inf)
 
     def forward(
         self,
@@ -144,10 +146,10 @@ class BlockDiffusionLM(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [M] of ``targets`` [M] from hidden states [M, hidden].
 
-        The LM head runs ``chunk`` targets at a time (None: about 256 MiB of fp32 logits) and again in the
+        The LM head runs ``chunk`` targets at a time (None: as many as `_LOGITS_IN_CHUNK` allows) and again in the
         backward pass, so that a vocabulary of 152k never holds more than one chunk of logits.
         """
-        chunk = chunk or max(64, _LOGITS_IN_CHUNK // len(self.suppressed_V))
+        chunk = chunk or max(64, _LOGITS_IN_CHUNK[self.device.type == "cuda"] // len(self.suppressed_V))
         if len(targets) <= chunk:
             return self._score(hidden, targets, temperature)
         parts = [
@@ -160,8 +162,11 @@ class BlockDiffusionLM(nn.Module):
     def _score(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
-        entropy = torch.special.entr(logprobs.detach().exp()).sum(dim=-1)
+        logits = self.logits(hidden)
+        logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+        with torch.no_grad():
+            p = logprobs.exp()
+            entropy = torch.special.entr(p, out=p).sum(dim=-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
