@@ -5,8 +5,10 @@
 `packed` is this project's learner (learner.packing, learner.layout, LM head at targets only). `dense` is the
 scheme of Gen-Verse/dLLM-RL (algorithm reference 2.5, 2.6), written plainly: one row for each slice round over the
 whole sequence, [prompt | clean answer | noisy answer] under a dense mask, one row a pass, logits at every prompt
-and noisy position. Both checkpoint activations, as the published configuration does, and both compute the same
-gradient; `gradient_difference` shows it. Neither spends a pass on old log-probs (the published code does).
+and noisy position, all rows padded to the longest prompt and the longest answer of the batch, as published;
+`dense_tight` is the same without padding. All checkpoint activations, as the published configuration does, and
+all compute the same gradient; `gradient_difference` shows it. None spends a pass on old log-probs (the published
+code does).
 
 Every case runs in a process of its own, so that its peak memory is its own. Memory is what the gradient adds to
 the resident model.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import resource
 import subprocess
@@ -49,8 +52,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="trajectories a block size")
     parser.add_argument("--prompt", type=int, default=96, help="mean prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--row-tokens", type=int, default=1024)
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--row-tokens", type=int, default=0)
+    parser.add_argument("--micro-batch-tokens", type=int, default=512)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.add_argument("--case", nargs=2, metavar=("SCHEME", "TRACES"), help=argparse.SUPPRESS)
@@ -95,16 +98,17 @@ def compare(arguments: argparse.Namespace) -> dict:
             del model
             torch.cuda.empty_cache()
         for row in rows:
-            for scheme in ("dense", "packed"):
+            for scheme in ("dense", "dense_tight", "packed"):
                 command = [sys.executable, "-m", "benchmarks.learner", *sys.argv[1:]]
                 command += ["--case", scheme, str(Path(folder) / f"{row['block_size']}.parquet")]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row[scheme] = json.loads(done.stdout.splitlines()[-1])
             dense, packed = row["dense"], row["packed"]
-            gradients = [np.array(scheme.pop("gradient")) for scheme in (dense, packed)]
+            gradients = [np.array(scheme.pop("gradient")) for scheme in (dense, packed, row["dense_tight"])]
             row["gradient_difference"] = float(
                 np.linalg.norm(gradients[0] - gradients[1]) / np.linalg.norm(gradients[0])
             )
+            row["times_faster_than_tight"] = row["dense_tight"]["seconds"] / packed["seconds"]
             row["times_faster"] = dense["seconds"] / packed["seconds"]
             row["memory_share"] = packed["peak_mb"] / dense["peak_mb"]
             print(
@@ -135,7 +139,11 @@ def measure(arguments: argparse.Namespace, scheme: str, traces: Path) -> dict:
     model = make_model(arguments).train()
     model.hf.gradient_checkpointing_enable({"use_reentrant": False})
     trajectories = [g.samples[0].trajectory for g in read_traces(traces)]
-    run = dense_gradient if scheme == "dense" else packed_gradient
+    run = {
+        "dense": functools.partial(dense_gradient, padded=True),
+        "dense_tight": functools.partial(dense_gradient, padded=False),
+        "packed": packed_gradient,
+    }[scheme]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     cuda = arguments.device.startswith("cuda")
@@ -185,7 +193,7 @@ def packed_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory],
     batches = pack(
         samples,
         token_weights(samples, "token_mean", length_norm=1),
-        row_tokens=arguments.row_tokens,
+        row_tokens=arguments.row_tokens or (arguments.micro_batch_tokens if model.device.type == "cuda" else 0),
         micro_batch_tokens=arguments.micro_batch_tokens,
         width_multiple=WIDTH_MULTIPLE if model.device.type == "cuda" else 1,
     )
@@ -196,10 +204,14 @@ def packed_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory],
     return sum(b.tokens for b in batches)
 
 
-def dense_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory], arguments: argparse.Namespace) -> int:
+def dense_gradient(
+    model: BlockDiffusionLM, trajectories: Sequence[Trajectory], arguments: argparse.Namespace, *, padded: bool
+) -> int:
     """One row for each slice round: the r-th slice of every block that has one; returns tokens forwarded."""
     total = sum(t.completion_len for t in trajectories)
     forwarded = 0
+    starts = [t.prompt_len // t.block_size * t.block_size for t in trajectories]
+    widest = max(starts), max(len(t.token_ids) - start for t, start in zip(trajectories, starts))
     for trajectory in trajectories:
         block_size, prompt = trajectory.block_size, trajectory.prompt_len
         slices = build_slices(
@@ -215,7 +227,12 @@ def dense_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory], 
         clean = torch.from_numpy(trajectory.token_ids.astype(np.int64)).to(model.device)
         length = len(clean)
         position = torch.cat([torch.arange(length), torch.arange(start, length)]).to(model.device)
+        # Padding of the prompt and of both copies of the answer stands at the end; each sees itself alone.
+        extra = (widest[0] - start + widest[1] - (length - start), widest[1] - (length - start)) if padded else (0, 0)
+        padding = torch.zeros(sum(extra), dtype=torch.long, device=model.device)
+        position = torch.cat([position, padding])
         block = position // block_size
+        is_padding = torch.arange(len(position), device=model.device) >= len(position) - len(padding)
         noisy_copy = torch.arange(len(position), device=model.device) >= length
         earlier = block[None, :] < block[:, None]
         same = block[None, :] == block[:, None]
@@ -223,8 +240,9 @@ def dense_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory], 
             noisy_copy[:, None],
             (~noisy_copy[None, :] & earlier) | (noisy_copy[None, :] & same),
             ~noisy_copy[None, :] & (earlier | same),
-        )[None]
-        layout = TrainLayout(visible, model.dtype)
+        ) & ~(is_padding[:, None] | is_padding[None, :])
+        visible |= torch.eye(len(position), dtype=torch.bool, device=model.device)
+        layout = TrainLayout(visible[None], model.dtype)
         rank = np.concatenate([np.arange(n) for n in np.unique(slices.block, return_counts=True)[1]])
         for round_ in range(int(rank.max()) + 1):
             noisy, targets = clean[start:].clone(), torch.zeros(length - start, dtype=torch.bool, device=model.device)
@@ -232,10 +250,11 @@ def dense_gradient(model: BlockDiffusionLM, trajectories: Sequence[Trajectory], 
                 span = slice(slices.block[i] * block_size - start, (slices.block[i] + 1) * block_size - start)
                 noisy[span] = torch.from_numpy(slices.noisy[i]).to(model.device)
                 targets[span] = torch.from_numpy(slices.target[i]).to(model.device)
-            hidden = model.hidden(torch.cat([clean, noisy])[None], position[None], layout)[0]
-            used = torch.cat([hidden[:start], hidden[length:]])  # logits at the prompt and at the noisy copy
-            labels = torch.cat([clean[:start], clean[start:]])
-            logprobs = F.log_softmax(model.logits(used), dim=-1).gather(-1, labels[:, None]).squeeze(-1)[start:]
+            hidden = model.hidden(torch.cat([clean, noisy, padding])[None], position[None], layout)[0]
+            # Logits at the prompt and at the noisy copy, with the padding of both.
+            used = torch.cat([hidden[:start], hidden[length : len(position) - extra[1]]])
+            labels = torch.cat([clean, padding[: extra[0]]])
+            logprobs = F.log_softmax(model.logits(used), dim=-1).gather(-1, labels[:, None]).squeeze(-1)[start:length]
             terms = token_terms(logprobs, logprobs.detach(), torch.ones_like(logprobs), **CLIP)
             (terms.loss[targets].sum() / total).backward()
             forwarded += len(position)

@@ -92,11 +92,19 @@ def tuned_decoding(model: BlockDiffusionLM, block_size: int, new_tokens: int, tp
 def make_traces(
     model: BlockDiffusionLM, block_size: int, *, count: int, prompt: int, new_tokens: int, tpf: float, seed: int
 ) -> list[Trajectory]:
-    """``count`` trajectories of the real engine at about ``tpf`` tokens per forward."""
+    """``count`` trajectories of the real engine at about ``tpf`` tokens per forward.
+
+    Answers have lengths as solutions do: log-normal, their median below half of ``new_tokens``, the cap.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(max(1, prompt - 16), prompt + 17, count).tolist()
     decoding = tuned_decoding(model, block_size, new_tokens, tpf)
-    return TorchEngine(model).generate(make_requests(model, lengths, seed), decoding)
+    caps = np.clip(rng.lognormal(np.log(0.45 * new_tokens), 0.5, count), 2 * block_size, new_tokens).astype(int)
+    engine, requests = TorchEngine(model), make_requests(model, lengths, seed)
+    return [
+        engine.generate([request], replace(decoding, max_new_tokens=int(cap)))[0]
+        for request, cap in zip(requests, caps)
+    ]
 
 
 def device_name(device: str) -> str:

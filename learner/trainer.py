@@ -146,13 +146,14 @@ class Trainer:
     def _share(self, samples: Sequence[SlicedSample], spec: UpdateSpec) -> _Share:
         weights = token_weights(samples, self._config.loss.normaliser, length_norm=spec.length_norm)
         mine = balance([len(s.ids) for s in samples], self.world)[self.rank]
+        cuda, config = self._model.device.type == "cuda", self._config
         batches: list[MicroBatch | None] = [
             *pack(
                 [samples[i] for i in mine],
                 [weights[i] for i in mine],
-                row_tokens=self._config.row_tokens,
-                micro_batch_tokens=self._config.micro_batch_tokens,
-                width_multiple=WIDTH_MULTIPLE if self._model.device.type == "cuda" else 1,
+                row_tokens=config.row_tokens or (config.micro_batch_tokens if cuda else 0),
+                micro_batch_tokens=config.micro_batch_tokens,
+                width_multiple=WIDTH_MULTIPLE if cuda else 1,
             )
         ]
         most = torch.tensor(len(batches), device=self._model.device)

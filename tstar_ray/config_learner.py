@@ -115,9 +115,10 @@ class LearnerConfig(Section):
     """Global gradient-norm bound."""
     steps_per_update: int = Field(1, ge=1)
     """Optimizer steps a batch of rollouts is split into; 1 skips the pass for old log-probs (the ratio is 1)."""
-    row_tokens: int = Field(1024, ge=16)
-    """Tokens of one packed row (a longer trajectory gets a row of its own)."""
-    micro_batch_tokens: int = Field(8192, ge=16)
+    row_tokens: int = Field(0, ge=0)
+    """Tokens of one packed row (a longer trajectory gets a row of its own); 0: every trajectory a row of its own
+    on CPU, where attention is split, and rows of a whole micro-batch on GPU, where it is block-sparse."""
+    micro_batch_tokens: int = Field(4096, ge=16)
     """Tokens one forward and backward pass holds."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from synthetic import make_model, make_trajectory
 
-from learner.layout import FlexLayout, make_layout
+from learner.layout import FlexLayout, SplitLayout, make_layout
 from learner.objective import token_terms
 from learner.packing import balance, pack, slice_sample, token_weights
 from tstar_ray.blocks import build_slices, ceil_to_block, train_visibility
@@ -215,6 +215,29 @@ def test_flex_attention_follows_the_same_rule_as_the_dense_bias():
                 model(batch.ids, batch.positions, layout, batch.index, batch.targets)[0] for layout in (dense, flex)
             )
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rollout_block", "train_block", "shrink"), [(4, 4, 1), (4, 8, 2), (8, 8, 3), (1, 1, 1)])
+def test_split_attention_equals_the_dense_bias(model, rollout_block, train_block, shrink):
+    """Rows of very different lengths, some prompts shorter than a block, so that some rows have no clean token."""
+    rng = np.random.default_rng(7)
+    trajs = [
+        make_trajectory(rng, prompt_len=p, blocks=blocks, block_size=rollout_block)
+        for p, blocks in ((1, 1), (2, 1), (3, 4), (13, 2), (20, 3), (1, 5))
+    ]
+    samples = sliced(trajs, train_block=train_block, shrink=shrink)
+    weights = token_weights(samples, "seq_mean", length_norm=1)
+    for micro_batch_tokens in (10_000, 1):
+        batches = pack(samples, weights, row_tokens=0, micro_batch_tokens=micro_batch_tokens)
+        assert all(isinstance(make_layout(b, model.dtype), SplitLayout) for b in batches)
+        results = []
+        for make in (
+            lambda b: TrainLayout(train_visibility(b.document, b.block, b.slice_id), model.dtype),
+            lambda b: make_layout(b, model.dtype),
+        ):
+            loss = sum((b.weight * model(b.ids, b.positions, make(b), b.index, b.targets)[0]).sum() for b in batches)
+            results.append((loss.item(), gradients(model, loss)))
+        assert_same(model, *results[1], *results[0])
 
 
 def test_row_widths_are_rounded_up_without_a_difference():
