@@ -24,6 +24,7 @@ PUBLISHED_TPF = {1: 1.0, 2: 1.5, 4: 2.3, 8: 3.0, 16: 4.0, 32: 4.8}
 SHAPES = {
     # hidden, layers, heads, key-value heads, head dim, MLP, vocabulary
     "8M": (192, 6, 4, 2, 48, 512, 16384),  # as many logits for each activation as SDAR-1.7B under checkpointing
+    "8M-vocab152k": (192, 6, 4, 2, 48, 512, 151936),  # the same body under SDAR's vocabulary
     "20M": (320, 8, 5, 1, 64, 896, 16384),
     "sdar-1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
     "sdar-4b": (2560, 36, 32, 8, 128, 9728, 151936),

@@ -2,7 +2,7 @@
 
 All follow `tstar_ray.blocks.train_visibility`. With C clean tokens and n slices of B tokens, a row has N = C + nB
 tokens, and dense attention costs N^2. But a slice sees only clean tokens and itself, so `SplitLayout` computes
-C^2 + nB (C + B) of them, for rows that hold one trajectory each. Rows that hold several fall back to one dense
+about C^2 + nB C of them, for rows that hold one trajectory each. Rows that hold several fall back to one dense
 bias (`TrainLayout`). FlexAttention (torch.nn.attention.flex_attention) evaluates the rule inside its kernel and
 skips tiles of 128 x 128 that see nothing, which are most of them: slices of different blocks never see each
 other. It is compiled once per shape, and `WIDTH_MULTIPLE` keeps shapes few.
@@ -21,6 +21,8 @@ from learner.packing import MicroBatch
 from tstar_ray.blocks import train_visibility
 from tstar_ray.model import Layout, TrainLayout
 
+GROUP_TOKENS = 128
+"""Slice tokens that attend together on CPU: small groups waste less on each other, large ones copy less context."""
 WIDTH_MULTIPLE = 512
 """Row widths on CUDA are multiples of this."""
 
@@ -35,48 +37,65 @@ def make_layout(batch: MicroBatch, dtype: torch.dtype) -> Layout:
 
 
 class SplitLayout:
-    """Rows of one trajectory each, [C clean tokens | slices of B tokens | padding]; plain matrix products."""
+    """Rows of one trajectory each, [C clean tokens | slices of B tokens | padding].
+
+    Slices are taken in groups of about `GROUP_TOKENS`; a group attends to [clean tokens | the group] in one
+    batched SDPA call, whose kernel holds no scores.
+    """
 
     def __init__(self, document: torch.Tensor, block: torch.Tensor, slice_id: torch.Tensor, dtype: torch.dtype) -> None:
         """Three [R, N] integer tensors as in `train_visibility`; ``document`` is 0, or -1 for padding."""
-        width = document.shape[1]
+        rows, width = document.shape
         position = torch.arange(width, device=document.device)
         clean = (document == 0) & (slice_id < 0)
         noisy = slice_id >= 0
         count_R = clean.sum(1)
-        self._clean = int(count_R.max())
-        self._block_size = int((slice_id[0] == 0).sum())
-        longest = int(noisy.sum(1).max())
+        block_size = int((slice_id[0] == 0).sum())
+        group = max(1, GROUP_TOKENS // block_size) * block_size
+        self._clean, self._groups = int(count_R.max()), -(-int(noisy.sum(1).max()) // group)
+        slices = torch.arange(self._groups * group, device=document.device)
         # [R, M] where the slice tokens of a row stand; rows with fewer repeat their last token, unused.
-        self._slices_RM = (count_R[:, None] + position[:longest]).clamp(max=width - 1)
+        self._slices_RM = (count_R[:, None] + slices).clamp(max=width - 1)
         # [R, N] where each token's result is found in [clean results | slice results].
         after_clean = self._clean + (position - count_R[:, None])
         self._source_RN = torch.where(clean, position, torch.where(noisy, after_clean, 0))
         key_block = torch.where(clean, block, torch.iinfo(block.dtype).max)[:, None, : self._clean]
-        query_block = block[:, : self._clean, None]
         sees_itself = torch.eye(self._clean, dtype=torch.bool, device=document.device)
-        self._clean_bias = _bias((key_block <= query_block) | sees_itself, dtype)
-        self._slice_bias = _bias(key_block < block.gather(1, self._slices_RM)[:, :, None], dtype)
+        self._clean_bias = _bias((key_block <= block[:, : self._clean, None]) | sees_itself, dtype)
+        context = (key_block < block.gather(1, self._slices_RM)[:, :, None]).unflatten(1, (self._groups, group))
+        which = (slices // block_size).unflatten(0, (self._groups, group))
+        own = (which[:, :, None] == which[:, None, :]).expand(rows, -1, -1, -1)
+        self._slice_bias = _bias(torch.cat([context, own], dim=-1).flatten(0, 1), dtype)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """See `tstar_ray.model.Layout.attend`."""
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        (_, heads, _, size), c, b = query.shape, self._clean, self._block_size
-        clean_key, clean_value = key[:, :, :c], value[:, :, :c]
+        shared = query.shape[1] // key.shape[1]
+        if shared > 1:
+            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+        rows, heads, _, size = query.shape
+        clean_query, clean_key, clean_value = (x[:, :, : self._clean] for x in (query, key, value))
         clean = F.scaled_dot_product_attention(
-            query[:, :, :c], clean_key, clean_value, attn_mask=self._clean_bias, scale=scale
+            clean_query, clean_key, clean_value, attn_mask=self._clean_bias, scale=scale
         )
         where = self._slices_RM[:, None, :, None].expand(-1, heads, -1, size)
-        q = query.gather(2, where) * scale
-        own_key, own_value = (x.gather(2, where).unflatten(2, (-1, b)) for x in (key, value))
-        context = q @ clean_key.transpose(2, 3) + self._slice_bias
-        own = (q.unflatten(2, (-1, b)) @ own_key.transpose(3, 4)).flatten(2, 3)
-        seen, itself = torch.cat([context, own], dim=-1).softmax(dim=-1).split([c, b], dim=-1)
-        noisy = seen @ clean_value + (itself.unflatten(2, (-1, b)) @ own_value).flatten(2, 3)
+
+        def grouped(x: torch.Tensor) -> torch.Tensor:
+            """[R, H, N, D] -> [R * groups, H, group, D]."""
+            return x.gather(2, where).unflatten(2, (self._groups, -1)).transpose(1, 2).flatten(0, 1)
+
+        def with_context(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return torch.cat([context[:, None].expand(-1, self._groups, -1, -1, -1).flatten(0, 1), grouped(x)], dim=2)
+
+        noisy = F.scaled_dot_product_attention(
+            grouped(query),
+            with_context(key, clean_key),
+            with_context(value, clean_value),
+            attn_mask=self._slice_bias,
+            scale=scale,
+        )
+        noisy = noisy.unflatten(0, (rows, self._groups)).transpose(1, 2).flatten(2, 3)
         source = self._source_RN[:, None, :, None].expand(-1, heads, -1, size)
         return torch.cat([clean, noisy], dim=2).gather(2, source).transpose(1, 2)
 
