@@ -21,7 +21,7 @@ from learner.packing import MicroBatch
 from tstar_ray.blocks import train_visibility
 from tstar_ray.model import Layout, TrainLayout
 
-GROUP_TOKENS = 128
+GROUP_TOKENS = 64
 """Slice tokens that attend together on CPU: small groups waste less on each other, large ones copy less context."""
 WIDTH_MULTIPLE = 512
 """Row widths on CUDA are multiples of this."""
