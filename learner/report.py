@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -88,9 +89,11 @@ class Sums:
             self.sums[name] += float(value)
 
     def top(self, **values: torch.Tensor) -> None:
-        """Raise maxima by name."""
+        """Raise maxima by name; NaN is above everything and stays."""
         for name, value in values.items():
-            self.maxima[name] = max(self.maxima[name], float(value))
+            number, highest = float(value), self.maxima[name]
+            if not math.isnan(highest) and not number <= highest:
+                self.maxima[name] = number
 
     def reduce(self, device: torch.device) -> None:
         """Over all ranks; collective."""

@@ -361,6 +361,18 @@ def _bad_gradient(zero_stage):
     return str(caught.value), float((trainer.flat_weights() - before).abs().max())
 
 
+def test_a_maximum_does_not_hide_nan():
+    from learner.report import Sums
+
+    sums = Sums()
+    for value in (1.0, float("nan"), 2.0):
+        sums.top(ratio=torch.tensor(value))
+    assert np.isnan(sums.maxima["ratio"])
+    sums.top(replay_error=torch.tensor(0.5))
+    sums.top(replay_error=torch.tensor(0.25))
+    assert sums.maxima["replay_error"] == 0.5
+
+
 def test_export_opens_with_plain_transformers_under_zero_3(tmp_path):
     flat = on_ranks(2, _export, folder=str(tmp_path))
     from transformers import AutoModelForCausalLM
