@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,7 @@ class Backend:
         """Write weights, optimizer and ``state``."""
         self.engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tstar_ray": state})
         if dist.get_rank() == 0:
+            shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)  # of what was saved here before
             (folder / _WORLD).write_text(json.dumps(dist.get_world_size()))
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -132,11 +134,14 @@ def _convert(folder: Path) -> None:
     if (folder / _UNIVERSAL).is_dir():
         return
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(folder / _TAG), "--output_folder", str(folder / _UNIVERSAL)]
+    unfinished = folder / f"{_UNIVERSAL}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    command += ["--input_folder", str(folder / _TAG), "--output_folder", str(unfinished)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{folder} cannot be converted for another rank count: {done.stderr.strip()[-500:]}")
+    unfinished.rename(folder / _UNIVERSAL)
 
 
 def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:

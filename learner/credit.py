@@ -65,7 +65,7 @@ def is_trainable(group: Group, loss: LossConfig) -> bool:
 def gae(
     values: Floats, step: Sequence[int] | NDArray[np.integer], reward: float, *, gamma: float, lam: float
 ) -> tuple[Floats, Floats]:
-    """Advantages and returns [M] of one trajectory's tokens from their values (TraceRL, section 4.3).
+    """Advantages and returns [M] of one trajectory's tokens from their values (TraceRL; algorithm reference 2.9).
 
     ``values`` [M] and ``step`` [M], 0 … S-1 in the order of denoising. V*_t is the mean value of step t, and
     every token of the last step earns ``reward``. Over steps, backwards:

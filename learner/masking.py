@@ -1,4 +1,4 @@
-"""The baselines that ignore the decoding trace: random and coupled masking (TraceRL, section 5.2).
+"""The baselines that ignore the decoding trace: random and coupled masking (algorithm reference 2.10).
 
 A token is scored from a state in which a random part of its block is masked, instead of from the state it was
 decoded from. The rate u ~ U(0.1, 0.9) is drawn for each sample, every token of the answer is masked with

@@ -4,7 +4,7 @@
     ValueModel   a copy of its backbone + head                         -> values
 
 Heads are one linear map without bias, zero at the start, so that the first advantages are the plain rewards
-(TraceRL, section 4.3). Values are read where targets are predicted: at masked positions of the slices.
+(algorithm reference 2.9). Values are read where targets are predicted: at masked positions of the slices.
 """
 
 from __future__ import annotations

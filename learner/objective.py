@@ -112,6 +112,6 @@ def importance(
 
 
 def value_terms(new: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
-    """Clipped value loss [M]: max((V - R)^2, (V_old + clip(V - V_old) - R)^2) / 2 (TraceRL, appendix)."""
+    """Clipped value loss [M]: max((V - R)^2, (V_old + clip(V - V_old) - R)^2) / 2 (algorithm reference 2.9)."""
     near = old + (new - old).clamp(-clip, clip)
     return torch.maximum((new - returns).square(), (near - returns).square()) / 2

@@ -70,7 +70,7 @@ class LossConfig(Section):
 
 
 class ValueConfig(Section):
-    """The value model (TraceRL, section 4.3); off by default."""
+    """The value model (TraceRL); off by default."""
 
     kind: Literal["none", "separate", "shared"] = "none"
     """`separate`: a second backbone with its own optimizer; `shared`: a head on the policy's backbone."""
