@@ -1,12 +1,9 @@
-"""The boundary between the Ray layer and whatever decodes blocks.
-
-An engine takes requests and decoding settings, returns one trajectory a request, and serves the weights it
-proved. The Ray actor around it knows nothing of attention, caches or devices; an engine knows nothing of Ray.
-"""
+"""The boundary between rollout actors and whatever decodes for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +14,7 @@ from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineStats:
     """Totals since the engine was built."""
 
@@ -25,18 +22,47 @@ class EngineStats:
     """Tokens of finished completions."""
     sequences: int = 0
     """Finished completions."""
+    blocks: int = 0
+    """Blocks of finished completions."""
+    denoising_steps: int = 0
+    """Denoising steps of finished completions."""
     forwards: int = 0
-    """Denoising passes over the batch; each also commits the blocks that the pass before finished."""
+    """Passes that denoise; each also commits what the pass before finished and reads what prompts are new."""
     prefills: int = 0
-    """Passes over prompts."""
+    """Passes that only read prompts, or read again what new weights made stale."""
+    forwarded_tokens: int = 0
+    """Query tokens of all passes."""
     sequence_steps: int = 0
-    """Denoising steps summed over sequences: ``sequence_steps / forwards`` is the mean batch occupancy."""
-    seconds: float = 0.0
-    """Wall time spent in `Engine.generate`."""
+    """Sequences summed over the passes that denoise."""
+    forward_seconds: float = 0.0
+    """Time in the model up to its last hidden states."""
+    sampling_seconds: float = 0.0
+    """Time in the LM head, sampling and unmasking, with the one wait for the device."""
+    host_seconds: float = 0.0
+    """Time spent on admission, bookkeeping and trajectories."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all work."""
+        return self.forward_seconds + self.sampling_seconds + self.host_seconds
+
+    @property
+    def occupancy(self) -> float:
+        """Mean sequences in a pass."""
+        return self.sequence_steps / max(1, self.forwards)
+
+    @property
+    def steps_per_block(self) -> float:
+        """Mean denoising steps of a finished block."""
+        return self.denoising_steps / max(1, self.blocks)
+
+    def tokens_per_forward(self, *, commits: bool) -> float:
+        """TPF of one sequence; with ``commits`` as a decoder counts that commits each block in a pass of its own."""
+        return self.completion_tokens / max(1, self.denoising_steps + self.blocks * commits)
 
 
 class Engine(Protocol):
-    """A block-diffusion decoder."""
+    """A block-diffusion decoder. Calls may come from several threads; what they ask is decoded together."""
 
     @property
     def proof(self) -> Proof:
@@ -49,5 +75,17 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
         """One trajectory a request, in order. The block size may differ between calls."""
 
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Trajectory]:
+        """The same trajectories as they finish; closing the iterator gives up the rest."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Between two denoising steps: nothing is decoded while the context is open."""
+
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
-        """Take new weights (see `tstar_ray.weights`), drop every cache, and prove what is now served."""
+        """Take new weights (see `tstar_ray.weights`) between two denoising steps, and prove what is now served.
+
+        Sequences under way go on with the new weights.
+        """
+
+    def sleep(self) -> None:
+        """Give the memory of the caches back until there is work again. Raises RuntimeError while work is under way."""

@@ -1,55 +1,88 @@
-"""Block-diffusion decoding with a KV cache, in plain PyTorch: the default engine.
+"""Block-diffusion decoding in plain PyTorch with continuous batching: the default engine.
 
-One loop, one forward pass a round for all sequences together::
+One loop; each round is one forward pass for all sequences together, whatever their step, block and block size::
 
-    admit ──► prefill ──► [ denoise ──► reveal ──► block done? ──► stop? ]* ──► trajectory, slot free
+    waiting ──admit──► slots ──► [ forward ──► draw ──► reveal ──► block done? ──► ended? ]* ──► trajectory
+               ▲                                                                    │
+               └───────────────────────────── a free slot ──────────────────────────┘
 
-**One formula for every pass.** Keys and values are stored at their absolute position, also those of a block
-that is still noisy, and each pass overwrites them. A query of block k sees all positions below (k+1)B, so
-prefill, denoising and commit need no different masks. A sequence's queries in a pass are the positions from
-the first uncommitted one to the end of its current block: B of them, or 2B right after a block was finished,
-when the clean block is committed in the same pass that denoises the next one. Committing costs no pass of its
-own, and the result is identical (algorithm reference 5.1).
+**One pass does everything that is due.** A sequence's queries are the positions from the first one whose keys and
+values are not final to the end of its current block: B of them, 2B right after a block was finished (the clean
+block is committed in the same pass that denoises the next one), the whole prompt and the first block for a new
+sequence. The result is that of separate passes (algorithm reference 5.1). Samples of one prompt read it once. Only
+what exceeds ``pass_tokens`` gets passes of its own.
 
-**Ragged passes.** The tokens of all sequences stand end to end in one row, so that projections and MLP spend
-nothing on padding; only attention pads to the longest query. The LM head runs at masked positions only.
+**Nothing can get stuck.** A sequence is admitted, in the order of submission, when a slot of its full length is
+free, so that an admitted one never waits for memory. Slots get longer when a longer request comes.
 
-**Slots.** Active sequences fill the first n of the cache's slots; one that finishes gives its slot to the next
-request, whose prompt is prefilled once for all samples of a group. Memory is fixed when the call begins.
+**The device is asked once a round**: one small tensor says which masked positions were revealed and which hold
+stop tokens. All else is planned on the host (actors.slots).
+
+**New weights** are loaded between two rounds. Keys and values of older weights are computed again in the next pass
+(``recompute``), so that every recorded log-prob is that of one version's weights, or stay (``keep``) and the
+trajectory is marked ``stale_cache``.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from numpy.typing import NDArray
 
 from actors.engine import EngineStats
-from tstar_ray.blocks import decode_limit, decode_visibility
+from actors.kv_cache import KVCache, RaggedLayout, Rows
+from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import BlockDiffusionLM
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.unmask import choose, draw, uniforms
 from tstar_ray.weights import Proof, checksum, flatten, load_flat
 
+CacheUpdate = Literal["recompute", "keep"]
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
+"""Logits held at a time, by device type."""
+
 
 class TorchEngine:
     """An `actors.engine.Engine` on one device."""
 
     def __init__(
-        self, model: BlockDiffusionLM, *, max_batch: int = 128, cache_gb: float = 4.0, version: int = 0
+        self,
+        model: BlockDiffusionLM,
+        *,
+        max_batch: int = 128,
+        cache_gb: float = 4.0,
+        cache_update: CacheUpdate = "recompute",
+        pass_tokens: int = 8192,
+        version: int = 0,
     ) -> None:
-        """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values."""
+        """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values;
+        prompts beyond ``pass_tokens`` in one pass are read in several."""
         self._model = model.eval()
-        self._max_batch = max_batch
-        self._cache_bytes = int(cache_gb * 2**30)
+        self._max_batch, self._cache_gb = max_batch, cache_gb
+        self._cache_update, self._pass_tokens = cache_update, pass_tokens
         self._proof = Proof(version, checksum(flatten(model)))
         self._stats = EngineStats()
+        config = model.hf.config
+        self._groups = config.num_attention_heads // config.num_key_value_heads
+        self._cache = KVCache(config, dtype=model.dtype, device=model.device)
+        self._slots = Slots(mask_id=model.mask_id, device=model.device)
+        self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
+        self._waiting: deque[Work] = deque()
+        self._ended: dict[int, Trajectory | None] = {}
+        self._tickets = itertools.count()
+        self._rules: list[Decoding] = []
+        self._turn = threading.RLock()
+        self._door, self._open, self._pauses = threading.Lock(), threading.Event(), 0
+        self._open.set()
 
     @property
     def proof(self) -> Proof:
@@ -61,269 +94,269 @@ class TorchEngine:
         """Totals so far."""
         return self._stats
 
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
+        """See `actors.engine.Engine.generate`. Raises ValueError for a request that can never be served."""
+        tickets = self._submit(requests, decoding)
+        found = dict(self._collect(tickets))
+        return [found[ticket] for ticket in tickets]
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Trajectory]:
+        """See `actors.engine.Engine.stream`."""
+        return (trajectory for _, trajectory in self._collect(self._submit(requests, decoding)))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See `actors.engine.Engine.paused`."""
+        with self._door:
+            self._pauses += 1
+            self._open.clear()  # rounds that have not begun wait for it, so that the present one is the last
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._door:
+                self._pauses -= 1
+                if not self._pauses:
+                    self._open.set()
+
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
-        """Copy the weights in; caches live only inside `generate`, so none can outlive them."""
-        load_flat(self._model, flat)
-        self._proof = Proof(version, checksum(flatten(self._model)))
-        return self._proof
+        """See `actors.engine.Engine.load_weights`."""
+        with self.paused():
+            load_flat(self._model, flat)
+            self._proof = Proof(version, checksum(flatten(self._model)))
+            if self._cache_update == "recompute":
+                self._slots.column("committed")[:] = 0
+            else:
+                self._slots.column("stale")[:] |= self._slots.column("committed") > 0
+            return self._proof
+
+    def sleep(self) -> None:
+        """See `actors.engine.Engine.sleep`."""
+        with self.paused():
+            if self._waiting or self._slots.active:
+                raise RuntimeError(f"{self._slots.active} sequences are being decoded, {len(self._waiting)} wait")
+            self._resize(0, 0)
+
+    def _submit(self, requests: Sequence[Request], decoding: Decoding) -> list[int]:
+        """Queue requests; they join the batch in the next rounds."""
+        with self.paused():
+            if decoding not in self._rules:
+                self._rules.append(decoding)
+            rule, b = self._rules.index(decoding), decoding.block_size
+            work = []
+            for request in requests:
+                if self._model.mask_id in request.prompt_ids:
+                    mask_id = self._model.mask_id
+                    raise ValueError(f"the prompt of group {request.group_id} holds the mask token {mask_id}")
+                prefix = hash((request.prompt_ids, b))
+                work.append(Work(next(self._tickets), request, decoding, rule, prefix))
+            longest = max((item.limit for item in work), default=0)
+            if longest > self._positions:
+                need = longest * self._cache.bytes_per_position / 2**30
+                raise ValueError(
+                    f"one sequence of {longest} tokens needs {need:.2f} GiB of cache, actors.cache_gb allows "
+                    f"{self._cache_gb:.2f}; raise it or lower max_new_tokens"
+                )
+            self._waiting.extend(work)
+            return [item.ticket for item in work]
+
+    def _collect(self, tickets: Sequence[int]) -> Iterator[tuple[int, Trajectory]]:
+        """Take rounds until all of ``tickets`` have ended; other callers' work is decoded on the way."""
+        left = set(tickets)
+        try:
+            while left:
+                self._open.wait()
+                with self._turn:
+                    ended = [(ticket, self._ended.pop(ticket)) for ticket in left & self._ended.keys()]
+                    if not ended:
+                        self._round()
+                for ticket, trajectory in ended:
+                    left.discard(ticket)
+                    if trajectory is None:
+                        raise RuntimeError("decoding failed in another call, which took this call's sequences with it")
+                    yield ticket, trajectory
+        finally:
+            if left:
+                self._give_up(left)
+
+    def _give_up(self, tickets: set[int]) -> None:
+        with self.paused():
+            self._waiting = deque(item for item in self._waiting if item.ticket not in tickets)
+            self._retire(np.isin(self._slots.column("ticket"), list(tickets)))
+            for ticket in tickets & self._ended.keys():
+                del self._ended[ticket]
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
-        """One trajectory a request, in order."""
-        if not requests:
-            return []
-        start = time.perf_counter()
-        batch = _Batch(self._model, requests, decoding, self._slots(requests, decoding), self._proof.version)
-        trajectories = batch.run()
-        self._stats = replace(
-            self._stats,
-            completion_tokens=self._stats.completion_tokens + sum(t.completion_len for t in trajectories),
-            sequences=self._stats.sequences + len(trajectories),
-            forwards=self._stats.forwards + batch.forwards,
-            prefills=self._stats.prefills + batch.prefills,
-            sequence_steps=self._stats.sequence_steps + sum(t.denoising_steps for t in trajectories),
-            seconds=self._stats.seconds + time.perf_counter() - start,
-        )
-        return trajectories
-
-    def _slots(self, requests: Sequence[Request], decoding: Decoding) -> int:
-        longest = max(decode_limit(len(r.prompt_ids), decoding.max_new_tokens, decoding.block_size) for r in requests)
-        config = self._model.hf.config
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(self._model)
-        per_sequence = longest * per_token * self._model.dtype.itemsize
-        slots = min(self._max_batch, len(requests), self._cache_bytes // per_sequence)
-        if slots < 1:
-            raise ValueError(
-                f"one sequence of {longest} tokens needs {per_sequence / 2**30:.2f} GiB of cache, "
-                f"actors.cache_gb allows {self._cache_bytes / 2**30:.2f}; raise it or lower max_new_tokens"
-            )
-        return slots
-
-
-def _head_dim(model: BlockDiffusionLM) -> int:
-    config = model.hf.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-class _CacheLayout:
-    """One ragged pass over the cache: N query tokens of n slots, stored at (slot, position)."""
-
-    def __init__(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        slots: int,
-        slot_N: torch.Tensor,
-        position_N: torch.Tensor,
-        query_N: torch.Tensor,
-        longest: int,
-        key_count: int,
-        block_size: int,
-        groups: int,
-        dtype: torch.dtype,
-    ) -> None:
-        """``keys`` and ``values`` [layers, slots, T, Hkv, D]; ``query_N`` index of each token in its sequence's
-        queries, of which there are at most ``longest``."""
-        self._keys, self._values = keys, values
-        self._slots, self._longest, self._key_count = slots, longest, key_count
-        self._slot_N, self._position_N, self._query_N = slot_N, position_N, query_N
-        self._groups = groups
-        self._dense = len(slot_N) == slots * longest
-        # Padding queries see position 0, so that no softmax is empty; their output is never read.
-        visible_end = torch.ones(slots, longest, dtype=torch.long, device=keys.device)
-        visible_end[slot_N, query_N] = (position_N // block_size + 1) * block_size
-        bias = torch.zeros(slots, longest, key_count, dtype=dtype, device=keys.device)
-        bias.masked_fill_(~decode_visibility(key_count, visible_end), -torch.inf)
-        self._bias = bias.repeat(1, groups, 1)[:, None]
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `tstar_ray.model.Layout.attend`; R is 1. Query heads that share a key head become more queries."""
-        keys, values = self._keys[layer], self._values[layer]
-        keys[self._slot_N, self._position_N] = key[0].transpose(0, 1)
-        values[self._slot_N, self._position_N] = value[0].transpose(0, 1)
-        n, q, g = self._slots, self._longest, self._groups
-        kv_heads, dim = keys.shape[-2:]
-        flat = query[0].transpose(0, 1)
-        if self._dense:
-            padded = flat.reshape(n, q, kv_heads, g, dim)
-        else:
-            padded = flat.new_zeros(n, q, *flat.shape[1:])
-            padded[self._slot_N, self._query_N] = flat
-            padded = padded.view(n, q, kv_heads, g, dim)
-        out = F.scaled_dot_product_attention(
-            padded.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, g * q, dim),
-            keys[:n, : self._key_count].transpose(1, 2),
-            values[:n, : self._key_count].transpose(1, 2),
-            attn_mask=self._bias,
-            scale=scale,
-        )
-        out = out.view(n, kv_heads, g, q, dim).permute(0, 3, 1, 2, 4).reshape(n, q, kv_heads * g, dim)
-        return out.reshape(1, n * q, -1, dim) if self._dense else out[self._slot_N, self._query_N][None]
-
-
-class _Batch:
-    """The state of one `generate` call. S slots, T positions, B block size; n of the slots are active."""
-
-    def __init__(
-        self,
-        model: BlockDiffusionLM,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        slots: int,
-        version: int,
-    ) -> None:
-        self._model, self._decoding, self._version = model, decoding, version
-        self._requests = requests
-        self._waiting = deque(range(len(requests)))
-        self._done: list[Trajectory | None] = [None] * len(requests)
-        self.forwards = self.prefills = 0
-        for request in requests:
-            if model.mask_id in request.prompt_ids:
-                raise ValueError(f"the prompt of group {request.group_id} holds the mask token {model.mask_id}")
-        device, b = model.device, decoding.block_size
-        self._limits = [decode_limit(len(r.prompt_ids), decoding.max_new_tokens, b) for r in requests]
-        length, config = max(self._limits), model.hf.config
-        shape = (config.num_hidden_layers, slots, length, config.num_key_value_heads, _head_dim(model))
-        self._keys = torch.zeros(shape, dtype=model.dtype, device=device)
-        self._values = torch.zeros_like(self._keys)
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._ids = torch.full((slots, length), model.mask_id, device=device)
-        self._steps = torch.zeros((slots, length), dtype=torch.int32, device=device)
-        self._logprobs = torch.zeros((slots, length), device=device)
-        # Per slot: request index, seed, prompt length, end of decoding, committed positions, start of the
-        # current block, steps taken in all and in this block.
-        self._fields = torch.zeros((8, slots), dtype=torch.long, device=device)
-        self._quota = torch.tensor([decoding.quota(s) for s in range(decoding.steps)], device=device)
-        self._stop = torch.tensor(decoding.stop_ids, device=device)
-        self._active = 0
-
-    def run(self) -> list[Trajectory]:
-        """Decode every request."""
-        while self._waiting or self._active:
-            if self._waiting and self._active < self._ids.shape[0]:
-                self._admit()
-            self._denoise()
-        return [trajectory for trajectory in self._done if trajectory is not None]
+    def _round(self) -> None:
+        """One pass for everything that is active."""
+        try:
+            start = time.perf_counter()
+            inside = self._stats.forward_seconds + self._stats.sampling_seconds
+            self._admit()
+            self._read_ahead()
+            ended = self._denoise()
+            if ended.any():
+                self._ended.update(self._finish(ended))
+            inside = self._stats.forward_seconds + self._stats.sampling_seconds - inside
+            self._stats.host_seconds += time.perf_counter() - start - inside
+        except BaseException:
+            # Memory ran out, or the device failed: what was under way is lost, for every caller.
+            lost = [*self._slots.work, *(item.ticket for item in self._waiting)]
+            self._waiting.clear()
+            self._ended.update(dict.fromkeys(lost))
+            self._retire(np.ones(self._slots.active, dtype=bool))
+            raise
 
     def _admit(self) -> None:
-        """Give waiting requests the free slots, and prefill each distinct prompt once."""
-        b = self._decoding.block_size
-        first_of: dict[tuple[int, ...], int] = {}
-        copies: list[tuple[int, int]] = []
-        prefill: list[tuple[int, int]] = []
-        while self._waiting and self._active < self._ids.shape[0]:
-            index, slot = self._waiting.popleft(), self._active
-            request, self._active = self._requests[index], self._active + 1
-            prompt = len(request.prompt_ids)
-            clean = prompt // b * b
-            self._ids[slot] = self._model.mask_id
-            self._ids[slot, :prompt] = torch.tensor(request.prompt_ids, dtype=torch.long)
-            self._steps[slot] = 0
-            self._fields[:, slot] = torch.tensor([index, request.seed, prompt, self._limits[index], clean, clean, 0, 0])
-            source = first_of.setdefault(request.prompt_ids, slot)
-            if source != slot:
-                copies.append((source, slot))
-            elif clean:
-                prefill.append((slot, clean))
-        if prefill:
-            slots = torch.tensor([slot for slot, _ in prefill], device=self._ids.device)
-            self._forward(slots, torch.zeros_like(slots), torch.tensor([c for _, c in prefill]).to(slots))
-            self.prefills += 1
-        if copies:
-            source, target = torch.tensor(copies, device=self._ids.device).T
-            self._keys[:, target], self._values[:, target] = self._keys[:, source], self._values[:, source]
+        """Give waiting requests the free slots, in order."""
+        admitted: list[Work] = []
+        while self._waiting and self._make_room(admitted):
+            admitted.append(self._waiting.popleft())
+        if admitted:
+            self._slots.admit(admitted)
 
-    def _forward(self, slots: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Run positions start..end of the given slots, all [k]; returns hidden states [N, hidden], end to end."""
-        lengths = end - start
-        row_N = torch.repeat_interleave(torch.arange(len(slots), device=slots.device), lengths)
-        query_N = torch.arange(len(row_N), device=slots.device) - (lengths.cumsum(0) - lengths)[row_N]
-        position_N, slot_N = start[row_N] + query_N, slots[row_N]
-        layout = _CacheLayout(
-            self._keys,
-            self._values,
-            slots=int(slots.max()) + 1,
-            slot_N=slot_N,
-            position_N=position_N,
-            query_N=query_N,
-            longest=int(lengths.max()),
-            key_count=int(end.max()),
-            block_size=self._decoding.block_size,
-            groups=self._groups,
-            dtype=self._model.dtype,
+    def _make_room(self, admitted: Sequence[Work]) -> bool:
+        """Whether the first that waits has a slot, where need be after making slots longer, shorter or more."""
+        (slots, length), limit = self._slots.shape, self._waiting[0].limit
+        taken = self._slots.active + len(admitted)
+        if taken < slots and limit <= length:
+            return True
+        if taken == self._max_batch:
+            return False
+        present = [item.limit for item in (*self._slots.work.values(), *admitted, self._waiting[0])]
+        wanted = min(self._max_batch, taken + len(self._waiting))
+        longest = max(item.limit for item in self._waiting)
+        # Room for all that wait, if there is memory for that; otherwise for the first.
+        length = max(*present, longest)
+        if self._positions // length < wanted:
+            length = max(present)
+            wanted = min(wanted, self._positions // length)
+        if wanted <= taken:
+            return False
+        self._resize(wanted, length)
+        return True
+
+    def _resize(self, slots: int, length: int) -> None:
+        self._cache.resize(slots, length, kept=self._slots.active)
+        self._slots.resize(slots, length)
+
+    def _read_ahead(self) -> None:
+        """Passes for what is not in the cache and would make the round's pass exceed ``pass_tokens``."""
+        block, block_size = self._slots.column("block"), self._slots.column("block_size")
+        committed = self._slots.column("committed")
+        if (block + block_size - committed).sum() <= self._pass_tokens:
+            return
+        for slot in np.flatnonzero(block - committed > block_size).tolist():
+            piece = max(1, self._pass_tokens // int(block_size[slot])) * int(block_size[slot])
+            while committed[slot] < block[slot]:
+                end = min(int(committed[slot]) + piece, int(block[slot]))
+                self._forward(np.array([slot]), committed[slot : slot + 1], np.array([end]))
+                self._stats.prefills += 1
+                committed[slot] = end
+
+    def _forward(self, slot: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64]) -> torch.Tensor:
+        """Run positions start..end of neighbouring slots, all [k]; returns hidden states [N, hidden], end to end."""
+        began = time.perf_counter()
+        fields = self._slots.fields[slot]
+        rows = Rows(slot=slot, start=start, end=end, block_size=fields["block_size"], source=fields["source"])
+        layout = RaggedLayout(self._cache, rows, groups=self._groups)
+        ids = self._slots.ids[layout.slot_N, layout.position_N]
+        hidden = self._model.hidden(ids[None], layout.position_N[None], layout)[0]
+        self._slots.fields["source"][slot] = -1
+        self._stats.forwarded_tokens += len(ids)
+        self._stats.forward_seconds += time.perf_counter() - began
+        return hidden
+
+    def _denoise(self) -> NDArray[np.bool_]:
+        """One denoising step of every active sequence, with all that is due; returns [n] which ended."""
+        slots = self._slots
+        n, block, block_size = slots.active, slots.column("block"), slots.column("block_size")
+        new = np.flatnonzero(slots.column("block_step") == 0)
+        slots.versions[new, block[new] // block_size[new] - slots.column("prompt")[new] // block_size[new]] = (
+            self._proof.version
         )
-        return self._model.hidden(self._ids[slot_N, position_N][None], position_N[None], layout)[0]
-
-    def _denoise(self) -> None:
-        """One denoising step of every active sequence, with the commits that are due."""
-        n, b = self._active, self._decoding.block_size
-        _, seed, prompt, limit, committed, block, step, block_step = self._fields[:, :n]
-        slots = torch.arange(n, device=block.device)
-        end = block + b
-        hidden = self._forward(slots, committed, end)
-        self.forwards += 1
-        step += 1
-        position_SB = block[:, None] + torch.arange(b, device=block.device)
-        masked_SB = self._ids[slots[:, None], position_SB] == self._model.mask_id
-        row_M, offset_M = masked_SB.nonzero(as_tuple=True)
-        position_M = position_SB[row_M, offset_M]
-        last_N = (end - committed).cumsum(0)
-        logits = self._model.logits(hidden[last_N[row_M] - b + offset_M])
-        found = draw(logits, uniforms(seed[row_M], position_M, step[row_M]), self._decoding)
-        confidence_SB = found.confidence.new_zeros(n, b)
-        confidence_SB[row_M, offset_M] = found.confidence
-        entropy_SB = torch.zeros_like(confidence_SB)
-        entropy_SB[row_M, offset_M] = found.entropy
-        quota = self._quota[block_step.clamp(max=len(self._quota) - 1)]
-        reveal_SB = choose(masked_SB, confidence_SB, entropy_SB, quota, self._decoding)
-        reveal_M = reveal_SB[row_M, offset_M]
-        at = (row_M[reveal_M], position_M[reveal_M])
-        self._ids[at] = found.token[reveal_M]
-        self._logprobs[at] = found.logprob[reveal_M]
-        self._steps[at] = step[at[0]].to(torch.int32)
-        committed.copy_(block)
-        block_step += 1
-        block_done = reveal_SB.sum(-1) == masked_SB.sum(-1)
-        tokens_SB = self._ids[slots[:, None], position_SB]
-        stops = (torch.isin(tokens_SB, self._stop) & (position_SB >= prompt[:, None])).any(-1)
-        finished = block_done & (stops | (end >= limit))
-        block += b * (block_done & ~finished)
-        block_step *= ~block_done
-        if finished.any():
-            self._retire(finished)
-
-    def _retire(self, finished: torch.Tensor) -> None:
-        """Turn finished slots into trajectories and close the gaps with the last active ones."""
-        n, b = self._active, self._decoding.block_size
-        for slot in finished.nonzero().flatten().tolist():
-            index, _, prompt, _, _, block, _, _ = self._fields[:, slot].tolist()
-            self._done[index] = self._trajectory(slot, index, prompt, block + b)
-        keep = (~finished).nonzero().flatten()
-        self._active = len(keep)
-        holes, movers = finished[: self._active].nonzero().flatten(), keep[keep >= self._active]
-        for state in (self._ids, self._steps, self._logprobs):
-            state[holes] = state[movers]
-        for cache in (self._keys, self._values, self._fields):
-            cache[:, holes] = cache[:, movers]
-        assert len(movers) == len(holes) <= n
-
-    def _trajectory(self, slot: int, index: int, prompt: int, end: int) -> Trajectory:
-        request, b = self._requests[index], self._decoding.block_size
-        ids = self._ids[slot, :end].to("cpu", torch.int32).numpy().copy()
-        stops = np.flatnonzero(np.isin(ids[prompt:], self._decoding.stop_ids))
-        return Trajectory(
-            group_id=request.group_id,
-            sample=request.sample,
-            token_ids=ids,
-            prompt_len=prompt,
-            completion_len=int(stops[0]) + 1 if len(stops) else end - prompt,
-            step_map=self._steps[slot, prompt:end].cpu().numpy().copy(),
-            logprobs=self._logprobs[slot, prompt:end].cpu().numpy().copy(),
-            block_size=b,
-            temperature=self._decoding.temperature,
-            weight_versions=np.full(end // b - prompt // b, self._version, dtype=np.int64),
-            stop_reason="stop" if len(stops) else "length",
+        start, end = slots.column("committed"), block + block_size
+        hidden = self._forward(np.arange(n), start, end)
+        last = (end - start).cumsum()
+        start[:] = block
+        slots.column("step")[:] += 1
+        self._stats.forwards += 1
+        self._stats.sequence_steps += n
+        began = time.perf_counter()
+        rules = slots.column("rule")
+        places, found = zip(
+            *(self._step(hidden, last, np.flatnonzero(rules == rule), self._rules[rule]) for rule in np.unique(rules))
         )
+        row, offset = np.concatenate(places, axis=1)
+        revealed, stop = torch.cat(found, dim=1).cpu().numpy()  # the one wait for the device
+        self._stats.sampling_seconds += time.perf_counter() - began
+        return slots.reveal(row[revealed], offset[revealed], stop[revealed])
+
+    def _step(
+        self, hidden: torch.Tensor, last: NDArray[np.int64], rows: NDArray[np.int64], decoding: Decoding
+    ) -> tuple[NDArray[np.int64], torch.Tensor]:
+        """Draw and reveal for ``rows``, which share decoding settings and whose queries end before ``last``.
+
+        Returns row and offset of their masked positions [2, M], and which of them were revealed and hold a stop
+        token, bool [2, M] on the device.
+        """
+        slots, b, device = self._slots, decoding.block_size, hidden.device
+        masked = slots.masked[rows, :b]
+        local, offset = masked.nonzero()
+        row = rows[local]
+        position = slots.fields["block"][row] + offset
+        plan = np.stack(
+            [
+                last[row] - b + offset,
+                slots.fields["seed"][row],
+                position,
+                slots.fields["step"][row],
+                row * slots.shape[1] + position,
+                local * b + offset,
+            ]
+        )
+        hidden_M, seed_M, position_M, step_M, state_M, dense_M = torch.from_numpy(plan).to(device)
+        quota = np.array([decoding.quota(step) for step in range(decoding.steps)])
+        quota = quota[np.minimum(slots.fields["block_step"][rows], decoding.steps - 1)]
+        token, logprob, confidence, entropy = self._draw(
+            hidden[hidden_M], uniforms(seed_M, position_M, step_M), decoding
+        )
+        confidence_SB = torch.zeros(masked.shape, device=device)
+        entropy_SB = torch.zeros(masked.shape, device=device)
+        confidence_SB.view(-1)[dense_M] = confidence
+        entropy_SB.view(-1)[dense_M] = entropy
+        reveal_SB = choose(
+            torch.from_numpy(masked).to(device),
+            confidence_SB,
+            entropy_SB,
+            torch.from_numpy(quota).to(device),
+            decoding,
+        )
+        reveal_M = reveal_SB.view(-1)[dense_M]
+        slots.ids.view(-1)[state_M] = torch.where(reveal_M, token, self._model.mask_id)
+        slots.logprobs.view(-1)[state_M] = logprob
+        slots.steps.view(-1)[state_M] = step_M.to(torch.int32)
+        stop_M = torch.isin(token, torch.tensor(decoding.stop_ids, device=device))
+        return np.stack([row, offset]), torch.stack([reveal_M, stop_M])
+
+    def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, ...]:
+        """Token, log-prob, confidence and entropy [M], with the LM head a bounded number of logits at a time."""
+        size = max(32, _LOGITS_AT_ONCE[hidden.device.type] // len(self._model.suppressed_V))
+        parts = []
+        for h, u in zip(hidden.split(size), uniform.split(size)):
+            found = draw(self._model.logits(h), u, decoding)
+            parts.append((found.token, found.logprob, found.confidence, found.entropy))
+        return tuple(torch.cat(values) for values in zip(*parts))
+
+    def _finish(self, ended: NDArray[np.bool_]) -> list[tuple[int, Trajectory]]:
+        found = self._slots.trajectories(ended)
+        for _, trajectory in found:
+            self._stats.sequences += 1
+            self._stats.completion_tokens += trajectory.completion_len
+            self._stats.blocks += trajectory.blocks
+            self._stats.denoising_steps += trajectory.denoising_steps
+        self._retire(ended)
+        return found
+
+    def _retire(self, ended: NDArray[np.bool_]) -> None:
+        self._cache.move(*self._slots.close(ended))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tstar_ray.blocks import check_step_map
 from tstar_ray.problems import Problem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Request:
     """[P] prompt token ids, chat template applied."""
     seed: int
     """Seed of this sample's own random stream; two samples of one prompt have different ones."""
+    max_new_tokens: int | None = None
+    """A cap of its own below that of the decoding settings."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,9 +67,12 @@ class Trajectory:
     temperature: float
     """Sampling temperature; 0 is greedy."""
     weight_versions: NDArray[np.int64]
-    """[decoded blocks] version of the weights that decoded each block."""
+    """[decoded blocks] oldest version of the weights that revealed a token of each block."""
     stop_reason: str
     """``stop`` (a stop token) or ``length`` (the cap)."""
+    stale_cache: bool = False
+    """Whether weights changed on the way and keys and values of the older ones stayed in use; where False, each
+    log-prob is exactly that of the weights that drew the token."""
 
     @property
     def denoising_steps(self) -> int:
@@ -158,6 +163,7 @@ _TRAJECTORY_TYPES: dict[str, pa.DataType] = {
     "temperature": pa.float32(),
     "weight_versions": pa.list_(pa.int64()),
     "stop_reason": pa.string(),
+    "stale_cache": pa.bool_(),
 }
 _SAMPLE_TYPES: dict[str, pa.DataType] = {"text": pa.string(), "verdict": pa.string(), "reward": pa.float32()}
 _PROBLEM_TYPES: dict[str, pa.DataType] = {

@@ -1,0 +1,165 @@
+"""Rollout throughput: the engine against plain decoding and against static batching; prints JSON.
+
+    python -m benchmarks.rollout [--model 8M] [--device cpu] [--blocks 4 16] [--schedules static dynamic] [--out FILE]
+
+``plain`` is benchmarks.plain_decoder, one sequence at a time with separate commits, on the first few prompts.
+``static`` is this engine given ``--max-batch`` requests at a time, the next ones when the last of them has ended.
+``continuous`` is this engine given everything at once. All decode the same requests by the same rules.
+
+Answer lengths are caps of the single requests, since a model of random weights does not know when to stop: all
+``--new-tokens``, or those of real GSM8K solutions (``--lengths`` a Parquet or JSONL file with an ``answer`` column,
+counted in words, numbers and signs), or else log-normal with the mean and spread of GSM8K's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.torch_engine import TorchEngine
+from benchmarks import plain_decoder
+from benchmarks.shapes import PUBLISHED_TPF, add_model_arguments, device_name, make_model, make_requests, tuned_decoding
+from tstar_ray.decoding import Decoding
+from tstar_ray.model import BlockDiffusionLM
+from tstar_ray.trajectory import Request
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--schedules", nargs="+", choices=["static", "dynamic"], default=["static", "dynamic"])
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=96, help="mean prompt tokens")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--lengths", default="lognormal", help="fixed, lognormal, or a file of solutions")
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--plain-prompts", type=int, default=4, help="decoded by the plain decoder")
+    parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    arguments = parser.parse_args()
+    model = make_model(arguments)
+    rows = [compare(model, arguments, b, schedule) for schedule in arguments.schedules for b in arguments.blocks]
+    text = json.dumps(
+        {
+            "benchmark": "rollout",
+            "device": device_name(arguments.device),
+            "model": arguments.model,
+            "torch": torch.__version__,
+            "settings": {k: str(v) if k == "lengths" else v for k, v in vars(arguments).items() if k != "out"},
+            "results": rows,
+        },
+        indent=1,
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, schedule: str) -> dict:
+    """One block size under one schedule."""
+    requests = with_lengths(model, arguments)
+    if schedule == "static":
+        cap = arguments.new_tokens
+        decoding = Decoding(block_size=block, max_new_tokens=cap, stop_ids=(), strategy="static")
+    else:
+        decoding = tuned_decoding(model, block, arguments.new_tokens, PUBLISHED_TPF[block])
+    few = requests[:: max(1, len(requests) // arguments.plain_prompts)][: arguments.plain_prompts]
+    TorchEngine(model).generate(few[:1], decoding)  # libraries take their workspaces
+    size = arguments.max_batch
+    found = {
+        "plain": [measure_plain(model, few, decoding) for _ in range(arguments.repeats)],
+        "static": [measure(model, requests, decoding, size, at_once=size) for _ in range(arguments.repeats)],
+        "continuous": [
+            measure(model, requests, decoding, size, at_once=len(requests)) for _ in range(arguments.repeats)
+        ],
+    }
+    row: dict = {"schedule": schedule, "block_size": block}
+    row |= {name: sorted(runs, key=lambda r: r["tokens_per_s"])[len(runs) // 2] for name, runs in found.items()}
+    speed = {name: row[name]["tokens_per_s"] for name in found}
+    row["times_faster_than_plain"] = speed["continuous"] / speed["plain"]
+    row["times_faster_than_static"] = speed["continuous"] / speed["static"]
+    print(
+        f"{schedule} B={block}: {speed['continuous']:.0f} tokens/s, {row['times_faster_than_plain']:.1f}x plain, "
+        f"{row['times_faster_than_static']:.2f}x static batching",
+        file=sys.stderr,
+    )
+    return row
+
+
+def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list[Request]:
+    """Requests with random prompts, and caps as ``--lengths`` says."""
+    rng = np.random.default_rng(arguments.seed)
+    prompts = rng.integers(max(1, arguments.prompt // 2), arguments.prompt * 3 // 2, arguments.prompts).tolist()
+    requests = make_requests(model, prompts, arguments.seed)
+    if arguments.lengths == "fixed":
+        return requests
+    if arguments.lengths == "lognormal":
+        lengths = rng.lognormal(np.log(122), 0.5, len(requests))
+    else:
+        lengths = rng.choice(solution_lengths(Path(arguments.lengths)), len(requests))
+    caps = np.clip(lengths, 32, arguments.new_tokens).astype(int).tolist()
+    return [replace(request, max_new_tokens=cap) for request, cap in zip(requests, caps)]
+
+
+def solution_lengths(file: Path) -> list[int]:
+    """Tokens, nearly, of every answer in a Parquet or JSONL file."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        answers = pq.read_table(file, columns=["answer"])["answer"].to_pylist()
+    else:
+        answers = [json.loads(line)["answer"] for line in file.read_text().splitlines()]
+    # Calculator notes such as <<48/2=24>> are no part of what a model writes.
+    return [len(re.findall(r"[A-Za-z]+|\d|[^\sA-Za-z\d]", re.sub(r"<<.*?>>", "", answer))) for answer in answers]
+
+
+def measure_plain(model: BlockDiffusionLM, requests: Sequence[Request], decoding: Decoding) -> dict:
+    """The plain decoder on ``requests``."""
+    start = time.perf_counter()
+    found = [plain_decoder.decode(model, request, decoding) for request in requests]
+    seconds = time.perf_counter() - start
+    tokens = sum(length for _, _, length, _ in found)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+        "forwards": sum(f for *_, f in found),
+        "tokens": tokens,
+    }
+
+
+def measure(
+    model: BlockDiffusionLM, requests: Sequence[Request], decoding: Decoding, max_batch: int, *, at_once: int
+) -> dict:
+    """The engine on ``requests``, ``at_once`` of them a call."""
+    engine = TorchEngine(model, max_batch=max_batch)
+    start = time.perf_counter()
+    for first in range(0, len(requests), at_once):
+        engine.generate(requests[first : first + at_once], decoding)
+    seconds = time.perf_counter() - start
+    stats = engine.stats
+    return {
+        "tokens_per_s": stats.completion_tokens / seconds,
+        "seconds": seconds,
+        "forwards": stats.forwards,
+        "tokens": stats.completion_tokens,
+        "occupancy": stats.occupancy,
+        "steps_per_block": stats.steps_per_block,
+        "tpf": stats.tokens_per_forward(commits=False),
+        "tpf_with_commits": stats.tokens_per_forward(commits=True),
+        **asdict(stats),
+    }
+
+
+if __name__ == "__main__":
+    main()
