@@ -37,28 +37,31 @@ class KVCache:
 
     def __init__(self, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         """``config`` of the model whose keys and values it holds."""
-        self._shape = (config.num_key_value_heads, head_dim(config))
+        self._heads, self._dim = config.num_key_value_heads, head_dim(config)
         self._layers = config.num_hidden_layers
         self._dtype, self._device = dtype, device
         self.keys: list[torch.Tensor] = []
+        """[S, Hkv, T, D] of each layer."""
         self.values: list[torch.Tensor] = []
+        """The same shape."""
         self.resize(0, 0, kept=0)
 
     @property
     def bytes_per_position(self) -> int:
         """Memory that one token of one sequence takes in all layers."""
-        return 2 * self._layers * self._shape[0] * self._shape[1] * self._dtype.itemsize
+        return 2 * self._layers * self._heads * self._dim * self._dtype.itemsize
 
     def resize(self, slots: int, length: int, *, kept: int) -> None:
         """Make room for ``slots`` x ``length``; the first ``kept`` slots keep what they hold."""
         for tensors in (self.keys, self.values):
             for layer in range(self._layers):
                 # Layer by layer, so that at most one layer is held twice.
-                new = torch.zeros((slots, length, *self._shape), dtype=self._dtype, device=self._device)
+                shape = (slots, self._heads, length, self._dim)
+                new = torch.zeros(shape, dtype=self._dtype, device=self._device)
                 if kept:
                     old = tensors[layer]
-                    shared = min(length, old.shape[1])
-                    new[:kept, :shared] = old[:kept, :shared]
+                    shared = min(length, old.shape[2])
+                    new[:kept, :, :shared] = old[:kept, :, :shared]
                 tensors[layer : layer + 1] = [new]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -103,6 +106,8 @@ class _Run:
     """Queries to pad to."""
     keys: int
     """Positions looked at."""
+    small: bool
+    """Few queries, on CPU: two plain matrix products are twice as fast there as the fused kernel."""
     place: torch.Tensor | None
     """[tokens] flat index into [rows, longest]; None where nothing is padded."""
     bias: torch.Tensor
@@ -147,6 +152,7 @@ class RaggedLayout:
                     rows=b - a,
                     longest=longest,
                     keys=key_count,
+                    small=keys.device.type == "cpu" and not long[a],
                     place=None if dense else torch.from_numpy(place).to(keys.device),
                     bias=bias.repeat(1, groups, 1)[:, None],
                 )
@@ -157,11 +163,11 @@ class RaggedLayout:
     ) -> torch.Tensor:
         """See `tstar_ray.model.Layout.attend`; R is 1."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self.slot_N, self.position_N] = key[0].transpose(0, 1)
-        values[self.slot_N, self.position_N] = value[0].transpose(0, 1)
+        keys[self.slot_N, :, self.position_N] = key[0].transpose(0, 1)
+        values[self.slot_N, :, self.position_N] = value[0].transpose(0, 1)
         for source, target, length in self._copies:
-            keys[target, :length] = keys[source, :length]
-            values[target, :length] = values[source, :length]
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
         flat_NHD = query[0].transpose(0, 1)
         parts = [self._attend_run(run, flat_NHD[run.tokens], keys, values, scale) for run in self._runs]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
@@ -171,17 +177,17 @@ class RaggedLayout:
     ) -> torch.Tensor:
         """[tokens, H, D] -> the same shape. Query heads that share a key head become more queries."""
         n, q, g = run.rows, run.longest, self._groups
-        kv_heads, dim = keys.shape[-2:]
+        kv_heads, dim = keys.shape[1], keys.shape[3]
         padded = flat
         if run.place is not None:
             padded = flat.new_zeros(n * q, *flat.shape[1:])
             padded[run.place] = flat
-        out = F.scaled_dot_product_attention(
-            padded.reshape(n, q, kv_heads, g, dim).permute(0, 2, 3, 1, 4).reshape(n, kv_heads, g * q, dim),
-            keys[run.slots, : run.keys].transpose(1, 2),
-            values[run.slots, : run.keys].transpose(1, 2),
-            attn_mask=run.bias,
-            scale=scale,
-        )
+        padded = padded.reshape(n, q, kv_heads, g, dim).permute(0, 2, 3, 1, 4).reshape(n, kv_heads, g * q, dim)
+        key, value = keys[run.slots, :, : run.keys], values[run.slots, :, : run.keys]
+        if run.small:
+            scores = (padded * scale) @ key.transpose(-1, -2)
+            out = torch.softmax(scores.add_(run.bias), dim=-1) @ value
+        else:
+            out = F.scaled_dot_product_attention(padded, key, value, attn_mask=run.bias, scale=scale)
         out = out.view(n, kv_heads, g, q, dim).permute(0, 3, 1, 2, 4).reshape(n * q, kv_heads * g, dim)
         return out if run.place is None else out[run.place]

@@ -3,8 +3,10 @@
     python -m benchmarks.rollout [--model 8M] [--device cpu] [--blocks 4 16] [--schedules static dynamic] [--out FILE]
 
 ``plain`` is benchmarks.plain_decoder, one sequence at a time with separate commits, on the first few prompts.
-``static`` is this engine given ``--max-batch`` requests at a time, the next ones when the last of them has ended.
-``continuous`` is this engine given everything at once. All decode the same requests by the same rules.
+``static`` is static batching in the usual sense: ``--max-batch`` requests at a time, every row computed until the
+longest of them has ended. ``shrinking`` is this engine given as many at a time: rows that ended leave the pass, but
+nobody takes their place. ``continuous`` is this engine given everything at once. All decode the same requests by the
+same rules.
 
 Answer lengths are caps of the single requests, since a model of random weights does not know when to stop: all
 ``--new-tokens``, or those of real GSM8K solutions (``--lengths`` a Parquet or JSONL file with an ``answer`` column,
@@ -79,7 +81,11 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
     size = arguments.max_batch
     found = {
         "plain": [measure_plain(model, few, decoding) for _ in range(arguments.repeats)],
-        "static": [measure(model, requests, decoding, size, at_once=size) for _ in range(arguments.repeats)],
+        "static": [
+            measure(model, requests, decoding, size, at_once=size, to_the_longest=True)
+            for _ in range(arguments.repeats)
+        ],
+        "shrinking": [measure(model, requests, decoding, size, at_once=size) for _ in range(arguments.repeats)],
         "continuous": [
             measure(model, requests, decoding, size, at_once=len(requests)) for _ in range(arguments.repeats)
         ],
@@ -89,9 +95,10 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
     speed = {name: row[name]["tokens_per_s"] for name in found}
     row["times_faster_than_plain"] = speed["continuous"] / speed["plain"]
     row["times_faster_than_static"] = speed["continuous"] / speed["static"]
+    row["times_faster_than_shrinking"] = speed["continuous"] / speed["shrinking"]
     print(
         f"{schedule} B={block}: {speed['continuous']:.0f} tokens/s, {row['times_faster_than_plain']:.1f}x plain, "
-        f"{row['times_faster_than_static']:.2f}x static batching",
+        f"{row['times_faster_than_static']:.2f}x static batching, {row['times_faster_than_shrinking']:.2f}x shrinking",
         file=sys.stderr,
     )
     return row
@@ -139,20 +146,35 @@ def measure_plain(model: BlockDiffusionLM, requests: Sequence[Request], decoding
 
 
 def measure(
-    model: BlockDiffusionLM, requests: Sequence[Request], decoding: Decoding, max_batch: int, *, at_once: int
+    model: BlockDiffusionLM,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    max_batch: int,
+    *,
+    at_once: int,
+    to_the_longest: bool = False,
 ) -> dict:
-    """The engine on ``requests``, ``at_once`` of them a call."""
+    """The engine on ``requests``, ``at_once`` of them a call, each as long as it should be or as the longest of them.
+
+    Tokens beyond a request's own length count for nothing.
+    """
     engine = TorchEngine(model, max_batch=max_batch)
     start = time.perf_counter()
+    tokens = 0
     for first in range(0, len(requests), at_once):
-        engine.generate(requests[first : first + at_once], decoding)
+        batch = requests[first : first + at_once]
+        if to_the_longest:
+            own = [request.max_new_tokens or decoding.max_new_tokens for request in batch]
+            found = engine.generate([replace(r, max_new_tokens=max(own)) for r in batch], decoding)
+            tokens += sum(min(t.completion_len, cap) for t, cap in zip(found, own))
+        else:
+            tokens += sum(t.completion_len for t in engine.generate(batch, decoding))
     seconds = time.perf_counter() - start
     stats = engine.stats
     return {
-        "tokens_per_s": stats.completion_tokens / seconds,
+        "tokens_per_s": tokens / seconds,
         "seconds": seconds,
-        "forwards": stats.forwards,
-        "tokens": stats.completion_tokens,
+        "tokens": tokens,
         "occupancy": stats.occupancy,
         "steps_per_block": stats.steps_per_block,
         "tpf": stats.tokens_per_forward(commits=False),

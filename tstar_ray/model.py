@@ -93,6 +93,7 @@ class BlockDiffusionLM(nn.Module):
     """A transformers causal-LM module run as a block-diffusion model."""
 
     suppressed_V: torch.Tensor
+    _suppressed_ids: torch.Tensor
 
     def __init__(self, hf: PreTrainedModel, *, mask_id: int, token_limit: int) -> None:
         """``token_limit``: ids from here on do not exist in the tokenizer and are never predicted."""
@@ -106,6 +107,7 @@ class BlockDiffusionLM(nn.Module):
         suppressed = torch.arange(vocabulary) >= token_limit
         suppressed[mask_id] = True
         self.register_buffer("suppressed_V", suppressed, persistent=False)
+        self.register_buffer("_suppressed_ids", suppressed.nonzero().flatten(), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +128,8 @@ class BlockDiffusionLM(nn.Module):
         """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
         logits = self.hf.lm_head(hidden)
         # In place: no vocabulary-sized copy more, and nothing saved for the backward pass is overwritten.
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill_(self.suppressed_V, -torch.inf)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.index_fill_(-1, self._suppressed_ids, -torch.inf)
 
     def forward(
         self,

@@ -17,6 +17,8 @@ import torch
 from tstar_ray.decoding import Decoding
 
 _MASK_63 = (1 << 63) - 1
+_PIECE = 128
+"""Vocabulary entries summed together when a token is looked up."""
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -48,32 +50,70 @@ class Candidates:
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Candidates:
-    """Draw a token at each of M positions from logits [M, V] (suppressed ids at -inf) and uniforms [M]."""
-    raw = torch.log_softmax(logits.float(), dim=-1)
+    """Draw a token at each of M positions from logits [M, V] (suppressed ids at -inf) and uniforms [M].
+
+    ``logits`` are overwritten, so that one vocabulary-sized tensor serves the whole draw where nothing is truncated.
+    """
+    logits = logits.float()
     temperature = decoding.temperature
-    sampled = raw
+    entropy = torch.zeros_like(uniform)
+    if decoding.strategy == "entropy":
+        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
     if temperature == 0:
-        token = raw.argmax(dim=-1)
-        density = raw
-    else:
+        token = logits.argmax(dim=-1)
+        logprob = _pick(logits, token) - logits.logsumexp(dim=-1)
+        return Candidates(token=token, logprob=logprob, confidence=logprob.exp(), entropy=entropy)
+    if decoding.top_k or decoding.top_p < 1:
+        raw = torch.log_softmax(logits, dim=-1)
         density = raw if temperature == 1 else torch.log_softmax(raw / temperature, dim=-1)
         sampled = truncate(density, top_k=decoding.top_k, top_p=decoding.top_p)
-        cumulative = sampled.exp().cumsum(dim=-1)
-        aim = uniform[:, None] * cumulative[:, -1:]
-        # The first entry whose cumulative mass exceeds the aim has positive probability by construction.
-        token = torch.searchsorted(cumulative, aim, right=True).squeeze(-1).clamp_(max=raw.shape[-1] - 1)
-    picked = token[:, None]
-    ranking = sampled if decoding.confidence == "sampled" else raw
-    if decoding.strategy == "entropy":
-        entropy = torch.special.entr(raw.exp()).sum(dim=-1)
-    else:
-        entropy = torch.zeros_like(uniform)
-    return Candidates(
-        token=token,
-        logprob=density.gather(-1, picked).squeeze(-1),
-        confidence=ranking.gather(-1, picked).squeeze(-1).exp(),
-        entropy=entropy,
-    )
+        token, _ = invert(sampled.exp(), uniform)
+        ranking = sampled if decoding.confidence == "sampled" else raw
+        return Candidates(
+            token=token, logprob=_pick(density, token), confidence=_pick(ranking, token).exp(), entropy=entropy
+        )
+    top, norm = logits.amax(dim=-1), None
+    if temperature != 1 and decoding.confidence == "raw":
+        norm = logits.logsumexp(dim=-1)
+    tempered = logits.sub_(top[:, None])
+    if temperature != 1:
+        tempered.div_(temperature)
+    weights = tempered.exp_()
+    token, total = invert(weights, uniform)
+    chosen = _pick(weights, token).log()  # a weight that can be drawn is far from underflow
+    logprob = chosen - total.log()
+    confidence = logprob if norm is None else chosen * temperature + top - norm
+    return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
+
+
+def _pick(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return values.gather(-1, token[:, None]).squeeze(-1)
+
+
+def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert the cumulative distribution of weights [M, V] >= 0 at uniforms [M] in [0, 1).
+
+    Returns the first index whose cumulative weight exceeds ``uniform`` of the total, and the total; both [M]. The
+    weight at the index is positive. Sums over pieces of the vocabulary find the piece, so that only that one is
+    accumulated term by term.
+    """
+    rows, size = weights.shape
+    width = _PIECE if size > _PIECE else size
+    whole = size // width * width
+    sums = weights[:, :whole].unflatten(-1, (-1, width)).sum(dim=-1)
+    if whole < size:
+        sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
+    cumulative = sums.cumsum(dim=-1)
+    total = cumulative[:, -1]
+    aim = uniform * total
+    piece = torch.searchsorted(cumulative, aim[:, None], right=True).clamp_(max=sums.shape[-1] - 1)
+    rest = aim - (cumulative - sums).gather(-1, piece).squeeze(-1)
+    at = piece * width + torch.arange(width, device=weights.device)
+    inside = weights.gather(-1, at.clamp(max=size - 1)).masked_fill_(at >= size, 0).cumsum(dim=-1)
+    # Rounding may carry the rest past the piece's own sum.
+    below = torch.nextafter(inside[:, -1], torch.zeros_like(total))
+    index = torch.searchsorted(inside, torch.minimum(rest, below).clamp_(min=0)[:, None], right=True)
+    return (piece * width + index).squeeze(-1), total
 
 
 def truncate(log_density: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:

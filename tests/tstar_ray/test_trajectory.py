@@ -72,7 +72,7 @@ def test_files_of_another_schema_are_refused(tmp_path):
     write_traces(tmp_path / "t.parquet", make_groups())
     table = pq.read_table(tmp_path / "t.parquet")
     pq.write_table(table.replace_schema_metadata({"tstar_ray.schema": "99"}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match="trajectories of schema 99; this version reads schema 1"):
+    with pytest.raises(ValueError, match="trajectories of schema 99; this version reads schema 2"):
         read_traces(tmp_path / "t.parquet")
 
 
