@@ -14,6 +14,7 @@ computes them in the very same pass.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +135,7 @@ class RaggedLayout:
         long = lengths > 2 * rows.block_size
         edges = [0, *(np.flatnonzero(np.diff(long)) + 1).tolist(), len(long)]
         self._runs = []
-        for a, b in zip(edges, edges[1:]):
+        for a, b in itertools.pairwise(edges):
             tokens = slice(int(first[a]), int(first[b - 1] + lengths[b - 1]))
             longest, key_count = int(lengths[a:b].max()), int(rows.end[a:b].max())
             place = (row[tokens] - a) * longest + query[tokens]

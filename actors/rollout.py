@@ -58,7 +58,12 @@ class RolloutWorker:
         device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
         checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
         self._tokenizer = checkpoint.tokenizer
-        self._engine: Engine = TorchEngine(checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb)
+        self._engine: Engine = TorchEngine(
+            checkpoint.model,
+            max_batch=actors.max_batch,
+            cache_gb=actors.cache_gb,
+            cache_update=actors.cache_update,
+        )
 
     def __repr__(self) -> str:
         return f"Rollout({self._index})"

@@ -10,6 +10,7 @@ Active sequences fill slots 0 … n-1. One that ends gives its slot to the last 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Slots:
         """S and T."""
         return self.ids.shape[0], self.ids.shape[1]
 
-    def column(self, name: str) -> NDArray[np.int64]:
+    def column(self, name: str) -> NDArray[Any]:
         """[n] view of one field of the active slots."""
         return self.fields[name][: self.active]
 
@@ -120,7 +121,8 @@ class Slots:
         """Fill the next slots. The first of each new prompt reads it and takes one of the last of them; the others
         copy its keys and values in the same pass."""
         sources: dict[int, int] = {}
-        readers, followers = [], []
+        readers: list[Work] = []
+        followers: list[tuple[Work, int | None]] = []
         for item in work:
             owner = self._sharing(item)
             if item.clean and owner is None and item.prefix not in sources:

@@ -358,5 +358,6 @@ class TorchEngine:
         self._retire(ended)
         return found
 
+    @torch.inference_mode()
     def _retire(self, ended: NDArray[np.bool_]) -> None:
         self._cache.move(*self._slots.close(ended))

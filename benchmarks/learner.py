@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import pickle
 import resource
 import subprocess
 import sys
@@ -38,8 +39,7 @@ from learner.objective import token_terms
 from learner.packing import pack, slice_sample, token_weights
 from tstar_ray.blocks import build_slices
 from tstar_ray.model import BlockDiffusionLM, TrainLayout
-from tstar_ray.problems import Problem
-from tstar_ray.trajectory import Group, Sample, Trajectory, read_traces, tokens_per_forward, write_traces
+from tstar_ray.trajectory import Trajectory, tokens_per_forward
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.01}
 
@@ -82,10 +82,7 @@ def compare(arguments: argparse.Namespace) -> dict:
                 tpf=PUBLISHED_TPF[block],
                 seed=arguments.seed,
             )
-            file = Path(folder) / f"{block}.parquet"
-            write_traces(
-                file, [Group(i, Problem(str(i), "", ""), (Sample(t, "", "", 0.0),)) for i, t in enumerate(traces)]
-            )
+            (Path(folder) / f"{block}.pickle").write_bytes(pickle.dumps(traces))
             steps = [len(np.unique(part)) for t in traces for part in _blocks(t)]
             rows.append(
                 {
@@ -100,7 +97,7 @@ def compare(arguments: argparse.Namespace) -> dict:
         for row in rows:
             for scheme in ("dense", "dense_tight", "packed"):
                 command = [sys.executable, "-m", "benchmarks.learner", *sys.argv[1:]]
-                command += ["--case", scheme, str(Path(folder) / f"{row['block_size']}.parquet")]
+                command += ["--case", scheme, str(Path(folder) / f"{row['block_size']}.pickle")]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row[scheme] = json.loads(done.stdout.splitlines()[-1])
             dense, packed = row["dense"], row["packed"]
@@ -138,7 +135,7 @@ def measure(arguments: argparse.Namespace, scheme: str, traces: Path) -> dict:
     """Seconds, tokens and peak memory a trajectory for one gradient over all trajectories."""
     model = make_model(arguments).train()
     model.hf.gradient_checkpointing_enable({"use_reentrant": False})
-    trajectories = [g.samples[0].trajectory for g in read_traces(traces)]
+    trajectories: list[Trajectory] = pickle.loads(traces.read_bytes())
     run = {
         "dense": functools.partial(dense_gradient, padded=True),
         "dense_tight": functools.partial(dense_gradient, padded=False),

@@ -9,24 +9,26 @@ nobody takes their place. ``continuous`` is this engine given everything at once
 same rules.
 
 Answer lengths are caps of the single requests, since a model of random weights does not know when to stop: all
-``--new-tokens``, or those of real GSM8K solutions (``--lengths`` a Parquet or JSONL file with an ``answer`` column,
-counted in words, numbers and signs), or else log-normal with the mean and spread of GSM8K's.
+``--new-tokens``, or those of real GSM8K solutions (``--lengths`` a JSONL file with a ``solution`` in every line,
+counted in words, digits and signs), or else log-normal with the median and spread of GSM8K's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from actors.kv_cache import head_dim
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
 from benchmarks.shapes import PUBLISHED_TPF, add_model_arguments, device_name, make_model, make_requests, tuned_decoding
@@ -45,9 +47,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=96, help="mean prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--lengths", default="lognormal", help="fixed, lognormal, or a file of solutions")
-    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--max-batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--plain-prompts", type=int, default=4, help="decoded by the plain decoder")
     parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
+    parser.add_argument("--steps", type=int, help="denoising steps a block of the static schedule; default B")
+    parser.add_argument("--only-engine", action="store_true", help="continuous batching alone")
+    parser.add_argument("--cache-gb", type=float, default=4.0)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
+    parser.add_argument("--peak-gbps", type=float, default=4800.0, help="of its memory (H200)")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     arguments = parser.parse_args()
     model = make_model(arguments)
@@ -58,7 +65,7 @@ def main() -> None:
             "device": device_name(arguments.device),
             "model": arguments.model,
             "torch": torch.__version__,
-            "settings": {k: str(v) if k == "lengths" else v for k, v in vars(arguments).items() if k != "out"},
+            "settings": {k: v for k, v in vars(arguments).items() if k != "out"},
             "results": rows,
         },
         indent=1,
@@ -73,35 +80,44 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
     requests = with_lengths(model, arguments)
     if schedule == "static":
         cap = arguments.new_tokens
-        decoding = Decoding(block_size=block, max_new_tokens=cap, stop_ids=(), strategy="static")
+        decoding = Decoding(
+            block_size=block,
+            max_new_tokens=cap,
+            stop_ids=(),
+            strategy="static",
+            denoising_steps=arguments.steps and min(arguments.steps, block),
+        )
     else:
         decoding = tuned_decoding(model, block, arguments.new_tokens, PUBLISHED_TPF[block])
     few = requests[:: max(1, len(requests) // arguments.plain_prompts)][: arguments.plain_prompts]
     TorchEngine(model).generate(few[:1], decoding)  # libraries take their workspaces
-    size = arguments.max_batch
-    found = {
-        "plain": [measure_plain(model, few, decoding) for _ in range(arguments.repeats)],
-        "static": [
-            measure(model, requests, decoding, size, at_once=size, to_the_longest=True)
-            for _ in range(arguments.repeats)
-        ],
-        "shrinking": [measure(model, requests, decoding, size, at_once=size) for _ in range(arguments.repeats)],
-        "continuous": [
-            measure(model, requests, decoding, size, at_once=len(requests)) for _ in range(arguments.repeats)
-        ],
-    }
-    row: dict = {"schedule": schedule, "block_size": block}
-    row |= {name: sorted(runs, key=lambda r: r["tokens_per_s"])[len(runs) // 2] for name, runs in found.items()}
-    speed = {name: row[name]["tokens_per_s"] for name in found}
-    row["times_faster_than_plain"] = speed["continuous"] / speed["plain"]
-    row["times_faster_than_static"] = speed["continuous"] / speed["static"]
-    row["times_faster_than_shrinking"] = speed["continuous"] / speed["shrinking"]
-    print(
-        f"{schedule} B={block}: {speed['continuous']:.0f} tokens/s, {row['times_faster_than_plain']:.1f}x plain, "
-        f"{row['times_faster_than_static']:.2f}x static batching, {row['times_faster_than_shrinking']:.2f}x shrinking",
-        file=sys.stderr,
-    )
-    return row
+    cache_gb = arguments.cache_gb
+
+    def median(run: Callable[[], dict]) -> dict:
+        runs = sorted((run() for _ in range(arguments.repeats)), key=lambda r: r["tokens_per_s"])
+        return runs[len(runs) // 2]
+
+    found: dict = {"schedule": schedule, "block_size": block, "engine": []}
+    if not arguments.only_engine:
+        found["plain"] = median(lambda: measure_plain(model, few, decoding))
+    for size in arguments.max_batch:
+        engine = functools.partial(
+            measure, model, requests, decoding, lambda size=size: TorchEngine(model, max_batch=size, cache_gb=cache_gb)
+        )
+        row: dict = {"max_batch": size, "continuous": median(functools.partial(engine, at_once=len(requests)))}
+        others = {}
+        if not arguments.only_engine:
+            row["static"] = median(functools.partial(engine, at_once=size, to_the_longest=True))
+            row["shrinking"] = median(functools.partial(engine, at_once=size))
+            others = {"plain": found["plain"], "static": row["static"], "shrinking": row["shrinking"]}
+        if model.device.type == "cuda":
+            row["roofline"] = roofline(model, requests, row["continuous"], arguments)
+        speed = row["continuous"]["tokens_per_s"]
+        row |= {f"times_faster_than_{name}": speed / other["tokens_per_s"] for name, other in others.items()}
+        ratios = ", ".join(f"{row[f'times_faster_than_{name}']:.2f}x {name}" for name in others)
+        print(f"{schedule} B={block}, batch {size}: {speed:.0f} tokens/s, {ratios}", file=sys.stderr)
+        found["engine"].append(row)
+    return found
 
 
 def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list[Request]:
@@ -112,7 +128,7 @@ def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list
     if arguments.lengths == "fixed":
         return requests
     if arguments.lengths == "lognormal":
-        lengths = rng.lognormal(np.log(122), 0.5, len(requests))
+        lengths = rng.lognormal(np.log(71), 0.49, len(requests))
     else:
         lengths = rng.choice(solution_lengths(Path(arguments.lengths)), len(requests))
     caps = np.clip(lengths, 32, arguments.new_tokens).astype(int).tolist()
@@ -120,15 +136,10 @@ def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list
 
 
 def solution_lengths(file: Path) -> list[int]:
-    """Tokens, nearly, of every answer in a Parquet or JSONL file."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        answers = pq.read_table(file, columns=["answer"])["answer"].to_pylist()
-    else:
-        answers = [json.loads(line)["answer"] for line in file.read_text().splitlines()]
+    """Tokens, nearly, of every solution in a JSONL file."""
+    solutions = [json.loads(line)["solution"] for line in file.read_text().splitlines()]
     # Calculator notes such as <<48/2=24>> are no part of what a model writes.
-    return [len(re.findall(r"[A-Za-z]+|\d|[^\sA-Za-z\d]", re.sub(r"<<.*?>>", "", answer))) for answer in answers]
+    return [len(re.findall(r"[A-Za-z]+|\d|[^\sA-Za-z\d]", re.sub(r"<<.*?>>", "", text))) for text in solutions]
 
 
 def measure_plain(model: BlockDiffusionLM, requests: Sequence[Request], decoding: Decoding) -> dict:
@@ -149,7 +160,7 @@ def measure(
     model: BlockDiffusionLM,
     requests: Sequence[Request],
     decoding: Decoding,
-    max_batch: int,
+    make_engine: Callable[[], TorchEngine],
     *,
     at_once: int,
     to_the_longest: bool = False,
@@ -158,7 +169,7 @@ def measure(
 
     Tokens beyond a request's own length count for nothing.
     """
-    engine = TorchEngine(model, max_batch=max_batch)
+    engine = make_engine()
     start = time.perf_counter()
     tokens = 0
     for first in range(0, len(requests), at_once):
@@ -172,6 +183,7 @@ def measure(
     seconds = time.perf_counter() - start
     stats = engine.stats
     return {
+        **asdict(stats),
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
         "tokens": tokens,
@@ -179,7 +191,30 @@ def measure(
         "steps_per_block": stats.steps_per_block,
         "tpf": stats.tokens_per_forward(commits=False),
         "tpf_with_commits": stats.tokens_per_forward(commits=True),
-        **asdict(stats),
+    }
+
+
+def roofline(
+    model: BlockDiffusionLM, requests: Sequence[Request], run: dict, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds that memory and arithmetic alone would take, and the share of the time taken.
+
+    Memory: every pass reads the weights, and each of its sequences its keys and values. Arithmetic: two operations
+    a weight and token, the LM head at masked positions only (half of a block's, on average).
+    """
+    config = model.hf.config
+    size = model.dtype.itemsize
+    body = sum(p.numel() for p in model.hf.model.layers.parameters())
+    head = config.vocab_size * config.hidden_size
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
+    length = float(np.mean([len(r.prompt_ids) for r in requests])) + run["tokens"] / len(requests) / 2
+    read = run["forwards"] * (body + head) * size + run["sequence_steps"] * length * width * size
+    work = 2 * body * run["forwarded_tokens"] + head * run["forwarded_tokens"]
+    memory, arithmetic = read / (arguments.peak_gbps * 1e9), work / (arguments.peak_tflops * 1e12)
+    return {
+        "memory_s": memory,
+        "arithmetic_s": arithmetic,
+        "share": max(memory, arithmetic) / run["seconds"],
     }
 
 

@@ -42,12 +42,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def make_model(arguments: argparse.Namespace) -> BlockDiffusionLM:
     """fp32 on CPU, bf16 on CUDA."""
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arguments.model not in SHAPES:
         return load_checkpoint(arguments.model, dtype=dtype, device=device).model
-    hidden, layers, heads, kv_heads, head_dim, mlp, vocabulary = SHAPES[arguments.model]
+    return random_model(SHAPES[arguments.model], device=device, dtype=dtype, seed=arguments.seed)
+
+
+def random_model(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype, seed: int) -> BlockDiffusionLM:
+    """A Qwen3 of a shape as in `SHAPES`; its last token is the mask token."""
+    torch.manual_seed(seed)
+    hidden, layers, heads, kv_heads, head_dim, mlp, vocabulary = shape
     config = transformers.Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,

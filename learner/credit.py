@@ -7,13 +7,15 @@ rewards of a group ──► group_advantages [G] ──► every token of a sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tstar_ray.config_learner import LossConfig
 from tstar_ray.trajectory import Group, tokens_per_forward
+
+if TYPE_CHECKING:
+    from tstar_ray.config_learner import LossConfig
 
 Advantage = Literal["zscore", "mean", "leave_one_out"]
 Floats = NDArray[np.float64]

@@ -90,8 +90,55 @@ def choose(candidates, quota, decoding):
     return sorted(chosen)
 
 
+class Changing:
+    """A model whose weights change on the way: ``first`` for denoising steps up to ``switch``, ``then`` after."""
+
+    def __init__(self, first, then, *, switch):
+        self.first, self.then, self.switch = first, then, switch
+
+    def at(self, step):
+        return self.first if step <= self.switch else self.then
+
+    def block_logits(self, clean, block, step, block_size):
+        """[B, V] logits of the current block; everything under the weights of this step."""
+        return staircase_logits(self.at(step), clean + block, block_size)[len(clean) :]
+
+
+class ChangingWithKeptCache(Changing):
+    """The same with a cache that a change of weights leaves alone.
+
+    Clean blocks enter it with the weights of the first step after they were finished, the prompt with those of the
+    first step of all. Plain transformers: its cache, its mask, one pass for each of the two purposes.
+    """
+
+    def __init__(self, first, then, *, switch):
+        super().__init__(first, then, switch=switch)
+        self.cache = transformers.DynamicCache()
+
+    @torch.no_grad()
+    def block_logits(self, clean, block, step, block_size):
+        twin, known = self.at(step), self.cache.get_seq_length()
+        if len(clean) > known:
+            self._run(twin, clean[known:], known, block_size)
+        found = self._run(twin, block, len(clean), block_size)
+        self.cache.crop(-len(block))
+        return found.double()
+
+    def _run(self, twin, ids, start, block_size):
+        query, key = torch.arange(start, start + len(ids)) // block_size, torch.arange(start + len(ids)) // block_size
+        visible = (key[None, :] <= query[:, None])[None, None]
+        position = torch.arange(start, start + len(ids))[None]
+        out = twin(torch.tensor([ids]), attention_mask=visible, position_ids=position, past_key_values=self.cache)
+        return out.logits[0]
+
+
 def decode(twin, model, prompt, decoding, seed):
-    """(ids of prompt, completion and terminal block; step map; log-probs; completion length; stop reason)."""
+    """(ids of prompt, completion and terminal block; step map; log-probs; completion length; stop reason).
+
+    ``twin`` is a plain model, or a `Changing` one.
+    """
+    if not isinstance(twin, Changing):
+        twin = Changing(twin, twin, switch=0)
     b, mask = decoding.block_size, model.mask_id
     banned = model.suppressed_V.numpy()
     limit = (len(prompt) + decoding.max_new_tokens) // b * b
@@ -103,7 +150,7 @@ def decode(twin, model, prompt, decoding, seed):
         within = 0
         while mask in block:
             step += 1
-            logits = staircase_logits(twin, ids[:start] + block, b)[start:].numpy()
+            logits = twin.block_logits(ids[:start], block, step, b).numpy()
             base, extra = divmod(b, decoding.steps)
             quota = base + (min(within, decoding.steps - 1) < extra)
             within += 1

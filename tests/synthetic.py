@@ -1,6 +1,7 @@
 """Small random models and trajectories for tests that need no decoding."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 from tstar_ray.model import BlockDiffusionLM
-from tstar_ray.trajectory import Trajectory
+from tstar_ray.trajectory import Request, Trajectory
 
 VOCABULARY, MASK_ID = 64, 63
 
@@ -29,6 +30,15 @@ def make_model(seed: int = 0) -> BlockDiffusionLM:
     )
     hf = transformers.Qwen3ForCausalLM._from_config(config, attn_implementation="block_diffusion")
     return BlockDiffusionLM(hf.eval(), mask_id=MASK_ID, token_limit=62).eval()
+
+
+def make_requests(lengths: list[int], seed: int = 0) -> list[Request]:
+    """Random prompts of the given lengths."""
+    rng = random.Random(seed)
+    return [
+        Request(i, 0, tuple(rng.randrange(60) for _ in range(length)), seed=rng.getrandbits(60))
+        for i, length in enumerate(lengths)
+    ]
 
 
 def make_trajectory(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tstar_ray.blocks import build_slices
 from tstar_ray.checkpoint import newest_checkpoint
 from tstar_ray.model import inspect_checkpoint, load_checkpoint
-from tstar_ray.trajectory import read_traces
+from tstar_ray.traces import read_traces
 
 pytestmark = pytest.mark.cluster
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -22,8 +22,8 @@ from tstar_ray.config_base import ConfigError as ConfigError
 from tstar_ray.config_base import Section
 from tstar_ray.config_learner import LearnerConfig as LearnerConfig
 from tstar_ray.config_learner import LossConfig as LossConfig
+from tstar_ray.embedded import EMBEDDED as EMBEDDED
 
-EMBEDDED = "embedded"
 ARITHMETIC = "arithmetic"
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -132,6 +132,9 @@ class ActorsConfig(Section):
     """Sequences an actor decodes at once."""
     cache_gb: float = Field(4.0, gt=0)
     """GiB of keys and values an actor may hold."""
+    cache_update: Literal["recompute", "keep"] = "recompute"
+    """What new weights in mid-sequence do to keys and values of the older ones: recompute keeps every recorded
+    log-prob exact; keep costs nothing and marks the trajectory."""
     gpus: float = Field(0, ge=0)
     """GPUs an actor takes."""
     cpus: float = Field(1, gt=0)

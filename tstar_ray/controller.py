@@ -39,7 +39,8 @@ from tstar_ray.decoding import Decoding
 from tstar_ray.evaluate import Evaluation, summarise
 from tstar_ray.ledger import Ledger
 from tstar_ray.reporter import Reporter
-from tstar_ray.trajectory import Group, tokens_per_forward, write_traces
+from tstar_ray.traces import write_traces
+from tstar_ray.trajectory import Group, tokens_per_forward
 
 REPLAY_TOLERANCE = 1e-3
 """Largest start-up replay error (nats) in fp32; the tests hold 1e-5, real models have more layers and terms."""

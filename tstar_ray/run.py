@@ -86,7 +86,7 @@ def replay_update(config: Config, traces: Path) -> int:
     from learner.report import report_dict
     from tstar_ray.checkpoint import newest_checkpoint
     from tstar_ray.controller import update_spec
-    from tstar_ray.trajectory import read_traces
+    from tstar_ray.traces import read_traces
 
     try:
         groups = read_traces(traces)

@@ -97,8 +97,8 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     weight at the index is positive. Sums over pieces of the vocabulary find the piece, so that only that one is
     accumulated term by term.
     """
-    rows, size = weights.shape
-    width = _PIECE if size > _PIECE else size
+    size = weights.shape[-1]
+    width = min(size, _PIECE)
     whole = size // width * width
     sums = weights[:, :whole].unflatten(-1, (-1, width)).sum(dim=-1)
     if whole < size:

@@ -4,13 +4,11 @@ The engine (KV cache, ragged batches, commits fused into the next step, slots th
 that has none of that, and against the learner's slices, each as a dense row of its own and all of them packed.
 """
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from reference import decode, plain_twin, staircase_logits
-from synthetic import MASK_ID, make_model
+from synthetic import MASK_ID, make_model, make_requests
 
 from actors.torch_engine import TorchEngine
 from learner.packing import pack, slice_sample, token_weights
@@ -29,32 +27,6 @@ STRATEGIES = {
     "entropy": {"strategy": "entropy", "entropy_bound": 4.0},
 }
 TEMPERATURES = [1.0, 0.7, 0.0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(seed=2)
-
-
-@pytest.fixture(scope="module")
-def twin(model):
-    return plain_twin(model)
-
-
-def make_requests(lengths, seed=0):
-    rng = random.Random(seed)
-    return [
-        Request(i, 0, tuple(rng.randrange(60) for _ in range(length)), seed=rng.getrandbits(60))
-        for i, length in enumerate(lengths)
-    ]
 
 
 def make_decoding(block, name, temperature, **more):

@@ -8,7 +8,8 @@ import pytest
 from synthetic import make_trajectory
 
 from tstar_ray.problems import Problem
-from tstar_ray.trajectory import Group, Sample, Trajectory, read_traces, tokens_per_forward, write_traces
+from tstar_ray.traces import read_traces, write_traces
+from tstar_ray.trajectory import Group, Sample, Trajectory, tokens_per_forward
 
 
 def trajectory(seed=0, **settings):

@@ -7,7 +7,7 @@ from reference import choose as plain_choose
 from reference import kept_by_truncation
 
 from tstar_ray.decoding import Decoding
-from tstar_ray.unmask import choose, draw, truncate, uniforms
+from tstar_ray.unmask import choose, draw, invert, truncate, uniforms
 
 
 def decoding(**settings):
@@ -101,7 +101,7 @@ def test_draws_follow_the_distribution(settings):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     logits[5] = -torch.inf
     numbers = uniforms(torch.arange(count), torch.zeros(count).long(), torch.ones(count).long())
-    found = draw(logits.expand(count, 12), numbers, decoding(**settings))
+    found = draw(logits.repeat(count, 1), numbers, decoding(**settings))
     density = torch.log_softmax(logits / temperature, -1).double().numpy()
     kept = kept_by_truncation(density, settings.get("top_k", 0), settings.get("top_p", 1.0))
     exact = np.where(kept, np.exp(density), 0)
@@ -112,27 +112,47 @@ def test_draws_follow_the_distribution(settings):
     np.testing.assert_allclose(found.logprob, density[found.token], atol=1e-5, err_msg="untruncated (trap 23)")
 
 
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 1024, 1025])
+def test_inversion_equals_a_plain_loop_and_never_takes_what_has_no_weight(size):
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.randint(1, 9, (200, size), generator=generator).float()
+    weights[torch.rand(200, size, generator=generator) < 0.4] = 0
+    weights[torch.arange(200), torch.randint(size, (200,), generator=generator)] = 3
+    largest = np.nextafter(np.float32(1), np.float32(0))
+    numbers = torch.rand(200, generator=generator)
+    numbers[:20], numbers[20:40] = 0.0, float(largest)
+    index, total = invert(weights, numbers)
+    assert (weights.gather(-1, index[:, None]) > 0).all()
+    assert total.tolist() == weights.sum(-1).tolist()
+    for row, number, found in zip(weights.tolist(), numbers.tolist(), index.tolist()):
+        # Small whole weights add up exactly; a number that rounds to a border may fall on either side of it.
+        aims = (number * sum(row) * (1 - 1e-6), number * sum(row), min(number * sum(row) * (1 + 1e-6), sum(row) - 0.5))
+        expected = {next(i for i, mass in enumerate(np.cumsum(row)) if mass > aim) for aim in aims}
+        assert found in expected
+
+
 def test_trap_22_temperature_changes_the_log_prob_and_not_the_raw_confidence():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    cold = draw(logits, torch.tensor([0.0]), decoding(temperature=0.25))
-    plain = draw(logits, torch.tensor([0.0]), decoding())
+    cold = draw(logits.clone(), torch.tensor([0.0]), decoding(temperature=0.25))
+    plain = draw(logits.clone(), torch.tensor([0.0]), decoding())
     assert cold.token == plain.token == 0
-    assert cold.confidence == plain.confidence == pytest.approx(torch.softmax(logits, -1)[0, 0].item())
+    assert cold.confidence.item() == pytest.approx(plain.confidence.item())
+    assert plain.confidence.item() == pytest.approx(torch.softmax(logits, -1)[0, 0].item())
     assert cold.logprob.item() == pytest.approx(torch.log_softmax(logits * 4, -1)[0, 0].item(), abs=1e-6)
 
 
 def test_trap_20_top_k_one_does_not_make_everything_certain():
     logits = torch.tensor([[1.0, 0.9, 0.8, 0.0]])
-    found = draw(logits, torch.tensor([0.3]), decoding(top_k=1))
+    found = draw(logits.clone(), torch.tensor([0.3]), decoding(top_k=1))
     assert found.token == 0
     assert found.confidence < 0.4
-    sampled = draw(logits, torch.tensor([0.3]), decoding(top_k=1, confidence="sampled"))
+    sampled = draw(logits.clone(), torch.tensor([0.3]), decoding(top_k=1, confidence="sampled"))
     assert sampled.confidence == 1.0
 
 
 def test_greedy_takes_the_likeliest_and_records_its_log_prob_at_temperature_one():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    found = draw(logits, torch.tensor([0.999]), decoding(temperature=0.0))
+    found = draw(logits.clone(), torch.tensor([0.999]), decoding(temperature=0.0))
     assert found.token == 1
     assert found.logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item())
 

@@ -1,1 +1,4 @@
 """The tiny start model that ships with the package, and the script that makes it."""
+
+EMBEDDED = "embedded"
+"""What ``model.path`` says for it."""

@@ -1,0 +1,330 @@
+"""Continuous batching: whatever is decoded together, and whatever happens on the way, each sequence is its own.
+
+Everything is compared with the plain reference decoder (tests/reference.py), which knows one sequence, no cache and
+no batch.
+"""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import Changing, ChangingWithKeptCache, decode, plain_twin
+from synthetic import make_model, make_requests
+
+from actors.kv_cache import KVCache
+from actors.torch_engine import TorchEngine
+from benchmarks import plain_decoder
+from tstar_ray.decoding import Decoding
+from tstar_ray.trajectory import Request, tokens_per_forward
+from tstar_ray.weights import checksum, flatten
+
+DYNAMIC = Decoding(block_size=4, max_new_tokens=24, stop_ids=(7, 11), threshold=0.12)
+NO_STOP = replace(DYNAMIC, stop_ids=())
+
+
+def assert_equal(trajectory, request, twin, model, decoding):
+    if request.max_new_tokens:
+        decoding = replace(decoding, max_new_tokens=request.max_new_tokens)
+    ids, steps, logprobs, length, reason = decode(twin, model, list(request.prompt_ids), decoding, request.seed)
+    assert trajectory.validate().token_ids.tolist() == ids
+    assert trajectory.step_map.tolist() == steps
+    assert (trajectory.completion_len, trajectory.stop_reason) == (length, reason)
+    np.testing.assert_allclose(trajectory.logprobs, logprobs, atol=1e-5)
+
+
+MIX = [
+    DYNAMIC,
+    replace(DYNAMIC, block_size=16, strategy="static", denoising_steps=5, max_new_tokens=40),
+    replace(DYNAMIC, block_size=1, temperature=0.7),
+    replace(DYNAMIC, block_size=8, strategy="sequential", denoising_steps=3, top_k=9),
+    replace(DYNAMIC, block_size=32, strategy="entropy", entropy_bound=4.0, max_new_tokens=70),
+    replace(DYNAMIC, block_size=8, temperature=0.0, strategy="static"),
+]
+
+
+@pytest.mark.parametrize("max_batch", [3, 7, 128])
+def test_invariant_1_block_sizes_strategies_and_temperatures_share_passes(model, twin, max_batch):
+    """Each stream is asked for before the first is consumed, so that all decode together."""
+    engine = TorchEngine(model, max_batch=max_batch)
+    asked = [(make_requests([5, 18, 9, 33], seed=i), decoding) for i, decoding in enumerate(MIX)]
+    streams = [engine.stream(requests, decoding) for requests, decoding in asked]
+    found = [list(stream) for stream in streams]
+    for (requests, decoding), trajectories in zip(asked, found):
+        assert sorted(t.group_id for t in trajectories) == [0, 1, 2, 3]
+        for trajectory in trajectories:
+            assert_equal(trajectory, requests[trajectory.group_id], twin, model, decoding)
+    longest = max(t.denoising_steps for trajectories in found for t in trajectories)
+    total = sum(t.denoising_steps for trajectories in found for t in trajectories)
+    assert longest <= engine.stats.forwards <= total
+    if max_batch == 128:
+        assert engine.stats.forwards == longest, "all in the same passes"
+
+
+def test_slots_are_never_idle_while_something_waits(model):
+    engine = TorchEngine(model, max_batch=3)
+    requests = [
+        replace(r, max_new_tokens=n) for r, n in zip(make_requests([8] * 9), (32, 4, 4, 4, 16, 4, 8, 4, 4), strict=True)
+    ]
+    static = replace(NO_STOP, strategy="static", max_new_tokens=32)
+    found = engine.generate(requests, static)
+    assert [t.completion_len for t in found] == [r.max_new_tokens for r in requests]
+    # 80 steps of work for three slots, one token each; the first request alone takes 32 of them.
+    assert engine.stats.forwards == 32
+    assert engine.stats.occupancy == 80 / 32
+
+
+def test_memory_is_reserved_for_the_longest_and_never_exceeded(model, twin, monkeypatch):
+    """Requests of growing length under a cache for three short sequences, or one long one."""
+    held = []
+    resize = KVCache.resize
+
+    def recording(self, slots, length, *, kept):
+        held.append((slots, length))
+        resize(self, slots, length, kept=kept)
+
+    monkeypatch.setattr(KVCache, "resize", recording)
+    per_position = KVCache(model.hf.config, dtype=torch.float32, device=torch.device("cpu")).bytes_per_position
+    engine = TorchEngine(model, cache_gb=100 * per_position / 2**30)
+    requests = [
+        replace(r, max_new_tokens=n)
+        for r, n in zip(make_requests([3, 9, 8, 40, 5, 12, 6]), (20, 24, 24, 60, 12, 20, 8), strict=True)
+    ]
+    decoding = replace(DYNAMIC, max_new_tokens=60)
+    for request, trajectory in zip(requests, engine.generate(requests, decoding)):
+        assert_equal(trajectory, request, twin, model, decoding)
+    assert max(slots * length for slots, length in held) <= 100
+    assert max(length for _, length in held) == 100, "the long one was served"
+    assert max(slots for slots, _ in held) >= 3, "the short ones were served together"
+
+
+def test_the_prompt_of_a_group_is_read_once(model, twin):
+    prompt = make_requests([14])[0].prompt_ids
+    requests = [Request(0, i, prompt, seed=50 + i) for i in range(6)]
+    # Two at a time end together, so that the next two find nobody to copy from.
+    for max_batch, reads in ((6, 1), (2, 3), (1, 6)):
+        engine = TorchEngine(model, max_batch=max_batch)
+        found = engine.generate(requests, NO_STOP)
+        for request, trajectory in zip(requests, found):
+            assert_equal(trajectory, request, twin, model, NO_STOP)
+        # Every step computes a block; every block but the last is computed once more to be committed.
+        queries = sum(4 * (t.denoising_steps + t.blocks - 1) for t in found)
+        assert engine.stats.forwarded_tokens == queries + reads * 12
+
+
+def test_prompts_beyond_the_pass_limit_are_read_in_pieces(model, twin):
+    engine = TorchEngine(model, pass_tokens=16)
+    requests = make_requests([70, 3, 41, 22])
+    for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
+        assert_equal(trajectory, request, twin, model, DYNAMIC)
+    assert engine.stats.prefills == 5 + 3 + 2
+
+
+def test_a_request_may_have_a_cap_of_its_own(model, twin):
+    requests = [replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 6, 7]), (3, 11, 999), strict=True)]
+    found = TorchEngine(model).generate(requests, NO_STOP)
+    assert [t.completion_len for t in found] == [3, 10, 21]
+    with pytest.raises(ValueError, match="max_new_tokens=2 does not complete one block of 4 after a prompt of 5"):
+        TorchEngine(model).generate([replace(requests[0], max_new_tokens=2)], NO_STOP)
+
+
+def test_streams_yield_what_ends_first_and_closing_one_gives_up_the_rest(model, twin):
+    engine = TorchEngine(model)
+    requests = [replace(r, max_new_tokens=n) for r, n in zip(make_requests([8, 8, 8]), (24, 4, 12), strict=True)]
+    assert [t.group_id for t in engine.stream(requests, NO_STOP)] == [1, 2, 0]
+    other = engine.stream(make_requests([9, 10], seed=4), DYNAMIC)
+    stream = engine.stream(requests, NO_STOP)
+    assert next(stream).group_id == 1
+    with pytest.raises(RuntimeError, match="sequences are being decoded"):
+        engine.sleep()
+    stream.close()
+    assert len(list(other)) == 2, "what others asked for goes on"
+    engine.sleep()
+    assert engine._cache.keys[0].numel() == 0
+    assert_equal(engine.generate(requests, NO_STOP)[0], requests[0], twin, model, NO_STOP)
+
+
+def changed_after(model, engine, requests, decoding, other):
+    """Decode, and load the weights of ``other`` once the first sequence has ended; returns (found, step of change)."""
+    stream = engine.stream(requests, decoding)
+    first = next(stream)
+    switch = engine.stats.forwards
+    proof = engine.load_weights(flatten(other), 1)
+    assert (proof.version, proof.checksum) == (1, checksum(flatten(other)))
+    return [first, *stream], switch
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_invariant_1_weights_in_flight(block, policy):
+    """Sequences of several lengths, in mid-block or not, with prompts shared or not, when new weights come."""
+    start, other = make_model(seed=2), make_model(seed=8)
+    served = make_model(seed=2)
+    engine = TorchEngine(served, cache_update=policy, pass_tokens=64)
+    requests = make_requests([5, 18, 33, 18, 2])
+    requests[3] = replace(requests[3], prompt_ids=requests[1].prompt_ids)
+    caps = (block + 4, 2 * block + 14, 4 * block + 20, 3 * block + 9, 5 * block)
+    requests = [replace(r, max_new_tokens=cap) for r, cap in zip(requests, caps, strict=True)]
+    decoding = replace(NO_STOP, block_size=block, max_new_tokens=5 * block + 20)
+    found, switch = changed_after(start, engine, requests, decoding, other)
+    kind = Changing if policy == "recompute" else ChangingWithKeptCache
+    assert len(found) == 5
+    for trajectory in found:
+        twin = kind(plain_twin(start), plain_twin(other), switch=switch)
+        assert_equal(trajectory, requests[trajectory.group_id], twin, start, decoding)
+        # The version of a block is that of the step that revealed its first tokens.
+        position = trajectory.prompt_len + np.arange(len(trajectory.step_map))
+        number = position // block - trajectory.prompt_len // block
+        first_step = [trajectory.step_map[number == k].min() for k in range(trajectory.blocks)]
+        assert trajectory.weight_versions.tolist() == [int(step > switch) for step in first_step]
+        goes_on = trajectory.denoising_steps > switch
+        cached = goes_on and position[trajectory.step_map == switch][0] // block > 0
+        assert trajectory.stale_cache == (cached and policy == "keep")
+    assert any(len(set(t.weight_versions)) == 2 for t in found), "a sequence saw both"
+
+
+def test_what_new_weights_recompute_is_read_in_pieces_too():
+    engine = TorchEngine(make_model(seed=2), pass_tokens=16)
+    found, switch = changed_after(
+        make_model(seed=2),
+        engine,
+        [replace(r, max_new_tokens=n) for r, n in zip(make_requests([12, 28]), (4, 40), strict=True)],
+        replace(NO_STOP, max_new_tokens=40),
+        make_model(seed=8),
+    )
+    assert engine.stats.prefills > 2
+    twin = Changing(plain_twin(make_model(seed=2)), plain_twin(make_model(seed=8)), switch=switch)
+    request = replace(make_requests([12, 28])[1], max_new_tokens=40)
+    assert_equal(found[1], request, twin, make_model(seed=2), replace(NO_STOP, max_new_tokens=40))
+
+
+def test_pause_stops_decoding_and_weights_get_in_between_the_passes_of_a_busy_engine():
+    """A second thread decodes without end; the first pauses it, looks, and loads weights three times."""
+    engine = TorchEngine(make_model(seed=2))
+    flat = flatten(make_model(seed=8))
+    found, stop, started = [], threading.Event(), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            for trajectory in engine.stream(make_requests([9, 20, 13]), replace(NO_STOP, max_new_tokens=400)):
+                found.append(trajectory)
+                started.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert started.wait(60)
+    for version in (1, 2, 3):
+        with engine.paused():
+            before = engine.stats.forwards
+            assert not stop.wait(0.05)
+            assert engine.stats.forwards == before
+            assert engine.load_weights(flat, version).version == version, "also from inside a pause"
+        seen = len(found)
+        while len(found) < seen + 3:
+            assert not stop.wait(0.01)
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert {0, 1, 2, 3} <= {int(v) for t in found for v in t.weight_versions}
+    assert all((np.diff(t.weight_versions) >= 0).all() for t in found)
+
+
+def test_calls_from_several_threads_are_decoded_together(model, twin):
+    engine = TorchEngine(model)
+    calls = [(make_requests([5, 11, 20], seed=i), replace(DYNAMIC, block_size=b)) for i, b in enumerate((2, 4, 8, 16))]
+    found = [None] * len(calls)
+
+    def work(i):
+        found[i] = engine.generate(*calls[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    with engine.paused():
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for (requests, decoding), trajectories in zip(calls, found):
+        for request, trajectory in zip(requests, trajectories, strict=True):
+            assert_equal(trajectory, request, twin, model, decoding)
+
+
+def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, monkeypatch):
+    engine = TorchEngine(model)
+    calls, hidden = [], model.hidden
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return hidden(*arguments)
+
+    monkeypatch.setattr(model, "hidden", failing)
+    other = engine.stream(make_requests([6], seed=3), NO_STOP)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.generate(make_requests([9, 12]), NO_STOP)
+    with pytest.raises(RuntimeError, match="failed in another call, which took this call's sequences with it"):
+        list(other)
+    assert len(calls) == 4
+    for request, trajectory in zip(make_requests([9, 12]), engine.generate(make_requests([9, 12]), DYNAMIC)):
+        assert_equal(trajectory, request, twin, model, DYNAMIC)
+
+
+def test_statistics_add_up(model):
+    engine = TorchEngine(model, max_batch=4)
+    found = engine.generate(make_requests([5, 9, 12, 20, 7, 8]), DYNAMIC)
+    stats = engine.stats
+    assert stats.sequences == 6
+    assert stats.completion_tokens == sum(t.completion_len for t in found)
+    assert stats.sequence_steps == stats.denoising_steps == sum(t.denoising_steps for t in found)
+    assert stats.steps_per_block == stats.denoising_steps / sum(t.blocks for t in found)
+    for commits in (False, True):
+        assert stats.tokens_per_forward(commits=commits) == tokens_per_forward(found, commits=commits)
+    assert min(stats.forward_seconds, stats.sampling_seconds, stats.host_seconds) > 0
+
+
+def test_bf16_stays_near_what_fp32_says_of_its_tokens():
+    """Weights rounded to bf16, decoded in bf16, scored in fp32: the drift that ratios of a bf16 engine carry."""
+    rough = make_model(seed=2).bfloat16()
+    exact = make_model(seed=2).bfloat16().float()
+    decoding = replace(NO_STOP, max_new_tokens=64)
+    drift = []
+    for request, trajectory in zip(
+        make_requests([5, 12, 19, 30]), TorchEngine(rough).generate(make_requests([5, 12, 19, 30]), decoding)
+    ):
+        assert trajectory.validate().prompt_len == len(request.prompt_ids)
+        drift.append(replayed(plain_twin(exact), exact, trajectory) - trajectory.logprobs)
+    drift = np.abs(np.concatenate(drift))
+    assert 0 < drift.mean() < 0.01
+    assert drift.max() < 0.05
+
+
+def replayed(twin, model, trajectory):
+    """[T - P] log-probs of a trajectory's tokens, every step by one plain forward over the whole sequence."""
+    found = np.zeros(len(trajectory.step_map))
+    reveal = np.concatenate([np.zeros(trajectory.prompt_len), trajectory.step_map])
+    block = np.arange(len(reveal)) // trajectory.block_size
+    for step in range(1, trajectory.denoising_steps + 1):
+        here = np.flatnonzero(reveal == step)
+        end = (block[here[0]] + 1) * trajectory.block_size
+        ids = [int(t) if r < step else model.mask_id for t, r in zip(trajectory.token_ids[:end], reveal)]
+        changing = Changing(twin, twin, switch=0)
+        start = end - trajectory.block_size
+        logits = changing.block_logits(ids[:start], ids[start:], step, trajectory.block_size)
+        logits[:, model.suppressed_V] = -torch.inf
+        logprobs = torch.log_softmax(logits, -1)
+        for p in here:
+            found[p - trajectory.prompt_len] = logprobs[p - start, int(trajectory.token_ids[p])]
+    return found
+
+
+@pytest.mark.parametrize("decoding", MIX, ids=lambda d: d.describe())
+def test_the_benchmarks_plain_decoder_decodes_the_same(model, twin, decoding):
+    for request in make_requests([3, 16, 21]):
+        ids, steps, length, forwards = plain_decoder.decode(model, request, decoding)
+        expected = decode(twin, model, list(request.prompt_ids), decoding, request.seed)
+        assert (ids, steps, length) == (expected[0], expected[1], expected[3])
+        blocks = len(ids) // decoding.block_size - len(request.prompt_ids) // decoding.block_size
+        reads = int(len(request.prompt_ids) >= decoding.block_size)
+        assert forwards == reads + max(steps) + blocks - 1, "a pass for every commit"

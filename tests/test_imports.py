@@ -1,0 +1,32 @@
+"""A GPU box may have torch and transformers alone: engine and learner mathematics must run there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BEYOND_TORCH = ("ray", "deepspeed", "vllm", "pydantic", "pyarrow", "omegaconf", "math_verify", "tensorboard")
+RUN_WITHOUT = """
+import sys, runpy
+for name in {names}:
+    sys.modules[name] = None
+sys.argv = ["benchmarks.checks", "--device", "cpu"]
+runpy.run_module("benchmarks.checks", run_name="__main__")
+"""
+
+
+def test_engine_and_learner_mathematics_run_with_torch_and_transformers_alone():
+    code = RUN_WITHOUT.format(names=BEYOND_TORCH)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(done.stdout)["found"]
+    assert found["tokens_that_differ"] == 0
+    assert found["replay_fp32"] < 1e-4
+    assert found["gradient_fp32"] < 1e-4
