@@ -97,8 +97,11 @@ class Collector:
         limits: Limits,
         *,
         seed: int,
+        score_truncated: bool,
         on_event: Callable[[str], None],
     ) -> None:
+        """``score_truncated``: completions cut at the length cap are scored like others, instead of 0."""
+        self._score_truncated = score_truncated
         self._rollouts, self._rewards, self._transport, self._limits = rollouts, rewards, transport, limits
         self._seed, self._on_event = seed, on_event
         self._served: Published | None = None
@@ -267,6 +270,8 @@ class _Collect:
             if earned is None:
                 self._retry(trajectory.group_id)
             elif trajectory.group_id in self._open:
+                if trajectory.stop_reason == "length" and not self._owner._score_truncated:
+                    earned = 0.0
                 self._accept(Sample(trajectory.validate(), text, str(result.verdict), earned))
 
     def _accept(self, sample: Sample) -> None:

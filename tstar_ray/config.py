@@ -156,6 +156,8 @@ class RewardConfig(Section):
     """Seconds one verification may take from its dispatch; then the process is killed."""
     grader: str = "reward.grading:grade"
     """Function (text, answer) -> Verdict, as module:name."""
+    score_truncated: bool = False
+    """Whether a completion cut at the length cap may earn a reward; otherwise it earns 0, whatever it says."""
     cpus: float = Field(0.5, gt=0)
     """CPU cores a reward actor takes."""
 

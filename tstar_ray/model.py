@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tstar_ray.embedded import EMBEDDED
+from tstar_ray.head import TargetScores, entropy
 
 ARCHITECTURES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -153,8 +154,10 @@ class BlockDiffusionLM(nn.Module):
         backward pass, so that a vocabulary of 152k never holds more than one chunk of logits.
         """
         chunk = chunk or max(64, _LOGITS_IN_CHUNK[self.device.type == "cuda"] // len(self.suppressed_V))
-        if len(targets) <= chunk:
-            return self._score(hidden, targets, temperature)
+        weight = self.hf.lm_head.weight
+        if not hasattr(weight, "ds_id"):
+            return TargetScores.apply(hidden, weight, targets, self._suppressed_ids, temperature, chunk)
+        # ZeRO-3 gathers a weight for calls of its module only.
         parts = [
             checkpoint(self._score, h, t, temperature, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk))
@@ -165,12 +168,8 @@ class BlockDiffusionLM(nn.Module):
     def _score(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.logits(hidden)
-        logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-        with torch.no_grad():
-            p = logprobs.exp()
-            entropy = torch.special.entr(p, out=p).sum(dim=-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+        logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs.detach())
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,7 +225,15 @@ def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: An
         start_s=start_s,
         max_attempts=config.rollout.max_attempts,
     )
-    collector = Collector(rollouts, rewards, transport, limits, seed=config.run.seed, on_event=reporter.say)
+    collector = Collector(
+        rollouts,
+        rewards,
+        transport,
+        limits,
+        seed=config.run.seed,
+        score_truncated=config.reward.score_truncated,
+        on_event=reporter.say,
+    )
     return learner, collector
 
 

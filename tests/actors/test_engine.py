@@ -75,7 +75,7 @@ def test_slots_are_never_idle_while_something_waits(model):
     assert engine.stats.occupancy == 80 / 32
 
 
-def test_memory_is_reserved_for_the_longest_and_never_exceeded(model, twin, monkeypatch):
+def test_trap_48_memory_is_reserved_for_the_longest_and_never_exceeded(model, twin, monkeypatch):
     """Requests of growing length under a cache for three short sequences, or one long one."""
     held = []
     resize = KVCache.resize
@@ -157,7 +157,7 @@ def changed_after(model, engine, requests, decoding, other):
 
 @pytest.mark.parametrize("block", [1, 4, 16])
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
-def test_invariant_1_weights_in_flight(block, policy):
+def test_trap_31_invariant_1_weights_in_flight(block, policy):
     """Sequences of several lengths, in mid-block or not, with prompts shared or not, when new weights come."""
     start, other = make_model(seed=2), make_model(seed=8)
     served = make_model(seed=2)
@@ -284,7 +284,7 @@ def test_statistics_add_up(model):
     assert min(stats.forward_seconds, stats.sampling_seconds, stats.host_seconds) > 0
 
 
-def test_bf16_stays_near_what_fp32_says_of_its_tokens():
+def test_trap_33_bf16_stays_near_what_fp32_says_of_its_tokens():
     """Weights rounded to bf16, decoded in bf16, scored in fp32: the drift that ratios of a bf16 engine carry."""
     rough = make_model(seed=2).bfloat16()
     exact = make_model(seed=2).bfloat16().float()

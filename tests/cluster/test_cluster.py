@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def parts(session, start_weights, tmp_path_factory):
     )
     wait_ready({n: a.ready.remote() for p in (rollouts, rewards) for n, a in p.handles.items()}, 120, "actors")
     limits = Limits(rollout_s=120, reward_s=5, start_s=60, max_attempts=2)
-    collector = Collector(rollouts, rewards, transport, limits, seed=1, on_event=events.append)
+    collector = Collector(rollouts, rewards, transport, limits, seed=1, score_truncated=False, on_event=events.append)
     collector.serve(transport.publish(start_weights, 0))
     yield collector, rollouts, rewards, events
     rollouts.stop()
@@ -173,6 +174,23 @@ def test_groups_come_back_whole_and_in_order(parts):
     assert (found.failed, found.retries) == ([], 0)
 
 
+def test_trap_46_a_completion_cut_at_the_cap_earns_nothing_whatever_it_says(parts, monkeypatch):
+    """The cap falls right after the boxed answer: correct for the verifier, cut for the reward."""
+    collector = parts[0]
+    whole = collector.collect(ask(6, first=30), DECODING, group_size=2)
+    right = [s.trajectory for g in whole.groups for s in g.samples if s.verdict == "correct" and s.reward == 1]
+    assert right, "some answers are right and end by themselves"
+    shortest = min(t.completion_len for t in right)
+    for allowed in (False, True):
+        monkeypatch.setattr(collector, "_score_truncated", allowed)
+        cap = replace(DECODING, max_new_tokens=shortest + 4, stop_ids=(), strategy="sequential", denoising_steps=1)
+        samples = [s for g in collector.collect(ask(6, first=30), cap, group_size=2).groups for s in g.samples]
+        assert {s.trajectory.stop_reason for s in samples} == {"length"}
+        cut_and_right = [s.reward for s in samples if s.verdict == "correct"]
+        assert cut_and_right
+        assert set(cut_and_right) == {float(allowed)}
+
+
 def test_invariant_7_a_verifier_that_hangs_or_dies_gives_no_reward_and_its_group_fails(parts):
     """Every sample of the second and third group kills or hangs its verifier: none of them is scored 0."""
     found = parts[0].collect(ask(3, ["10", "11", "12"], first=50), DECODING, group_size=2)
@@ -184,7 +202,7 @@ def test_invariant_7_a_verifier_that_hangs_or_dies_gives_no_reward_and_its_group
     assert all(s.verdict in ("correct", "wrong", "unparsable") for s in found.groups[0].samples)
 
 
-def test_a_killed_rollout_actor_is_replaced_proves_its_weights_and_nothing_is_lost(parts):
+def test_trap_34_a_killed_rollout_actor_is_replaced_proves_its_weights_and_nothing_is_lost(parts):
     collector, rollouts, _, events = parts
     name, actor = next(iter(rollouts.handles.items()))
     victim = ray.get(actor.ready.remote(), timeout=60).pid

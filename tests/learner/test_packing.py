@@ -109,7 +109,7 @@ def test_trap_10_packed_equals_one_dense_row_per_slice(model, normaliser, rollou
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_invariant_3_packing_and_micro_batches_do_not_change_loss_or_gradient(model, normaliser):
+def test_trap_35_invariant_3_packing_and_micro_batches_do_not_change_loss_or_gradient(model, normaliser):
     samples = sliced(trajectories(4, count=9), train_block=4)
     weights = token_weights(samples, normaliser, length_norm=32)
     layouts = [(64, 64), (200, 200), (200, 800), (10_000, 10_000)]
@@ -138,7 +138,7 @@ def test_invariant_3_order_of_samples_does_not_matter(model):
 
 @pytest.mark.parametrize("train_block", [4, 8, 16])
 @pytest.mark.parametrize("shrink", [1, 2, 5])
-def test_invariant_2_packed_targets_are_exactly_the_completion(train_block, shrink):
+def test_traps_7_and_11_invariant_2_packed_targets_are_exactly_the_completion(train_block, shrink):
     for trajectory in trajectories(4, count=20, seed=7):
         sample = slice_sample(trajectory, 1.0, block_size=train_block, mask_id=63, shrink=shrink)
         assert sorted(sample.target_offset) == list(range(trajectory.completion_len))

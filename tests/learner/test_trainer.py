@@ -113,6 +113,35 @@ def test_invariant_3_rank_count_does_not_change_training(one_rank, zero_stage):
     assert_same_training(on_ranks(2, train, zero_stage=zero_stage), one_rank)
 
 
+GRID = [(n, s) for n in ("token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum") for s in (1, 2)]
+
+
+def _one_update_of_each():
+    """The step that plain SGD-like Adam takes first is the sign of the gradient; the reports hold loss and norm."""
+    found = []
+    for normaliser, shrink in GRID:
+        trainer = make_trainer(loss={"normaliser": normaliser})
+        report = trainer.update(make_groups(3, seed=4), make_spec(shrink=shrink, compare_recorded=False), update=0)
+        found.append((report.loss, report.grad_norm, report.kl, report.targets, trainer.flat_weights().numpy()))
+    return found
+
+
+def test_invariant_3_rank_count_does_not_change_any_normaliser_at_any_shrink():
+    alone, two = on_ranks(1, _one_update_of_each), on_ranks(2, _one_update_of_each)
+    assert len({round(float(found[1]), 6) for found in alone}) == len(GRID), "they are different losses"
+    for case, one, other in zip(GRID, alone, two, strict=True):
+        assert other[:4] == pytest.approx(one[:4], rel=1e-5, abs=1e-6), case
+        moved = np.abs(one[4] - make_trainer_weights())
+        assert np.mean(np.abs(one[4] - other[4])) < 1e-3 * moved.mean(), case
+
+
+def make_trainer_weights():
+    """The start weights."""
+    from tstar_ray.weights import flatten
+
+    return flatten(make_model()).numpy()
+
+
 def test_invariant_3_trap_40_micro_batches_do_not_change_training(one_rank):
     assert_same_training(on_ranks(1, train, micro_batch_tokens=64, row_tokens=64), one_rank)
 

@@ -70,7 +70,7 @@ def test_trap_12_a_merged_slice_masks_the_whole_of_its_group():
 
 @pytest.mark.parametrize("shrink", [1, 2, 3, 7])
 @pytest.mark.parametrize(("rollout", "train"), [(1, 1), (4, 4), (4, 8), (4, 16), (8, 8), (2, 16)])
-def test_invariant_2_each_token_is_a_target_exactly_once(rollout, train, shrink):
+def test_trap_11_invariant_2_each_token_is_a_target_exactly_once(rollout, train, shrink):
     rng = np.random.default_rng(rollout * 100 + train + shrink)
     for _ in range(50):
         t = make_trajectory(

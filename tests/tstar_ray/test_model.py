@@ -13,6 +13,7 @@ from synthetic import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tstar_ray.blocks import train_visibility
+from tstar_ray.head import TargetScores
 from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, TrainLayout, load_checkpoint
 from tstar_ray.weights import checksum, flatten, load_flat
 
@@ -99,20 +100,52 @@ def test_trap_5_padding_and_packing_do_not_change_log_probs():
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 12])
-def test_the_head_in_chunks_gives_the_same_log_probs_and_gradient(chunk):
+@pytest.mark.parametrize("chunk", [1, 5, 12, 4096])
+def test_the_head_in_chunks_gives_plain_log_probs_entropies_and_gradients(chunk):
     model = make_model()
     ids, position = torch.randint(0, 60, (1, 12)), torch.arange(12)[None]
     layout = TrainLayout(staircase(12, 4), torch.float32)
+    targets, scale = torch.arange(12) * 5, torch.randn(12)
     results = []
-    for size in (4096, chunk):
+    for plain in (True, False):
         model.zero_grad()
         hidden = model.hidden(ids, position, layout)[0]
-        logprobs, entropy = model.score(hidden, torch.arange(12), 0.7, size)
-        logprobs.sum().backward()
-        results.append((logprobs.detach(), entropy, flatten_grad(model)))
+        if plain:
+            everything = torch.log_softmax(model.logits(hidden) / 0.7, dim=-1)
+            logprobs = everything[torch.arange(12), targets]
+            entropy = -(everything.exp() * everything.masked_fill(everything == -torch.inf, 0)).sum(-1)
+        else:
+            logprobs, entropy = model.score(hidden, targets, 0.7, chunk)
+        (scale * logprobs).sum().backward()
+        results.append((logprobs.detach(), entropy.detach(), flatten_grad(model)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_the_gradient_of_the_head_equals_finite_differences(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.double, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.double, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 9, (7,), generator=generator)
+
+    def scores(h, w):
+        return TargetScores.apply(h, w, targets, torch.tensor([9, 10]), 0.6, chunk)[0]
+
+    assert torch.autograd.gradcheck(scores, (hidden, weight))
+
+
+def test_many_chunks_in_bf16_add_up_as_one_does():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1024, 16, generator=generator).bfloat16()
+    targets, none = torch.randint(0, 50, (1024,), generator=generator), torch.zeros(0, dtype=torch.long)
+    start = torch.randn(50, 16, generator=generator).bfloat16()
+    gradients = []
+    for chunk in (1024, 4):
+        weight = start.clone().requires_grad_()
+        TargetScores.apply(hidden, weight, targets, none, 1.0, chunk)[0].sum().backward()
+        gradients.append(weight.grad.float())
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 0.004, "bf16 holds 8 bits"
 
 
 def flatten_grad(model):
