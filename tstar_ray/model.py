@@ -153,7 +153,7 @@ class BlockDiffusionLM(nn.Module):
         The LM head runs ``chunk`` targets at a time (None: as many as `_LOGITS_IN_CHUNK` allows) and again in the
         backward pass, so that a vocabulary of 152k never holds more than one chunk of logits.
         """
-        chunk = chunk or max(64, _LOGITS_IN_CHUNK[self.device.type == "cuda"] // len(self.suppressed_V))
+        chunk = chunk or max(16, _LOGITS_IN_CHUNK[self.device.type == "cuda"] // len(self.suppressed_V))
         weight = self.hf.lm_head.weight
         if not hasattr(weight, "ds_id"):
             return TargetScores.apply(hidden, weight, targets, self._suppressed_ids, temperature, chunk)
