@@ -7,7 +7,8 @@ its n noisy blocks, each of which sees the clean blocks before its own and itsel
 
 That is exactly the published scheme of one dense row per slice round (TraceRL, arXiv 2509.06949; algorithm
 reference 2.5), at a fraction of its tokens: blocks that are already finished are not repeated. Sequences share
-rows (first fit, longest first), rows share micro-batches.
+rows (first fit, longest first), rows share micro-batches. A sequence longer than a micro-batch is cut into pieces
+of neighbouring slices, each behind the clean tokens that it sees, so that memory does not grow with its length.
 
 **Weights before packing.** Every normaliser is a weight per target token, computed over all samples of an
 optimizer step before they are cut up. The loss is the plain sum of weight x term, so packing, micro-batches
@@ -17,7 +18,7 @@ and ranks cannot change it (invariant 3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -180,9 +181,11 @@ def pack(
     micro_batch_tokens: int,
     width_multiple: int = 1,
 ) -> list[MicroBatch]:
-    """Put whole samples into rows of at most ``row_tokens`` (longer ones alone) and rows into micro-batches of
-    at most ``micro_batch_tokens`` tokens, padding included (a single longer row makes its own). Rows are as
-    wide as their longest, rounded up to ``width_multiple`` so that compiled kernels see few shapes."""
+    """Put samples into rows of at most ``row_tokens`` (longer ones alone) and rows into micro-batches of at most
+    ``micro_batch_tokens`` tokens, padding included; samples beyond that are cut (see `cut`). Rows are as wide as
+    their longest, rounded up to ``width_multiple`` so that compiled kernels see few shapes."""
+    pieces = [(i, *piece) for i in range(len(samples)) for piece in cut(samples[i], weights[i], micro_batch_tokens)]
+    owners, samples, weights = [list(column) for column in zip(*pieces)] if pieces else ([], [], [])
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
     rows: list[list[int]] = []
     room: list[int] = []
@@ -191,7 +194,7 @@ def pack(
         fit = next((r for r, free in enumerate(room) if free >= size), None)
         if fit is None:
             rows.append([i])
-            room.append(row_tokens - size)
+            room.append(min(row_tokens, micro_batch_tokens) - size)
         else:
             rows[fit].append(i)
             room[fit] -= size
@@ -201,17 +204,62 @@ def pack(
     longest = 0
     for r in sorted(range(len(rows)), key=lambda r: -lengths[r]):
         if pending and (len(pending) + 1) * longest > micro_batch_tokens:
-            batches.append(_stack(samples, weights, pending, longest))
+            batches.append(_stack(samples, weights, owners, pending, longest))
             pending, longest = [], 0
         pending.append(rows[r])
         longest = max(longest, lengths[r])
     if pending:
-        batches.append(_stack(samples, weights, pending, longest))
+        batches.append(_stack(samples, weights, owners, pending, longest))
     return batches
 
 
+def cut(
+    sample: SlicedSample, weight: NDArray[np.float32], limit: int
+) -> list[tuple[SlicedSample, NDArray[np.float32]]]:
+    """A sample and its weights in pieces of at most ``limit`` tokens.
+
+    A piece has a clean copy of everything before its last block, and may hold as many noisy tokens as clean ones
+    whatever the limit, so that cutting at most about doubles the tokens.
+    """
+    noisy = sample.slice_id >= 0
+    count = int(sample.slice_id.max()) + 1
+    if len(sample.ids) <= limit:
+        return [(sample, weight)]
+    block_size = int(noisy.sum()) // count
+    first = np.flatnonzero(noisy)[::block_size]
+    clean = sample.block[first] * block_size  # what each slice sees of earlier blocks
+    pieces, start = [], 0
+    while start < count:
+        size = clean[start:] + block_size * np.arange(1, count - start + 1)
+        too_long = np.flatnonzero(size > np.maximum(limit, 2 * clean[start:]))
+        end = start + max(1, int(too_long[0])) if len(too_long) else count
+        prefix = int(clean[end - 1])
+        tokens = np.concatenate([np.arange(prefix), np.arange(first[start], first[start] + (end - start) * block_size)])
+        kept = (sample.target_slice >= start) & (sample.target_slice < end)
+        piece = replace(
+            sample,
+            ids=sample.ids[tokens],
+            position=sample.position[tokens],
+            block=sample.block[tokens],
+            slice_id=np.where(sample.slice_id[tokens] < 0, -1, sample.slice_id[tokens] - start),
+            target_index=sample.target_index[kept] - first[start] + prefix,
+            target_id=sample.target_id[kept],
+            target_slice=sample.target_slice[kept],
+            target_offset=sample.target_offset[kept],
+            recorded=sample.recorded[kept],
+            advantage=sample.advantage[kept],
+        )
+        pieces.append((piece, weight[kept]))
+        start = end
+    return pieces
+
+
 def _stack(
-    samples: Sequence[SlicedSample], weights: Sequence[NDArray[np.float32]], rows: list[list[int]], width: int
+    samples: Sequence[SlicedSample],
+    weights: Sequence[NDArray[np.float32]],
+    owners: Sequence[int],
+    rows: list[list[int]],
+    width: int,
 ) -> MicroBatch:
     shape = (len(rows), width)
     tokens = {name: np.zeros(shape, dtype=np.int64) for name in ("ids", "position", "block")}
@@ -234,7 +282,7 @@ def _stack(
             columns["advantage"].append(s.advantage)
             columns["weight"].append(weights[i])
             columns["recorded"].append(s.recorded)
-            columns["sample"].append(np.full(len(s.target_id), i))
+            columns["sample"].append(np.full(len(s.target_id), owners[i]))
             columns["step"].append(s.target_slice)
             start += len(s.ids)
             slices += int(s.slice_id.max()) + 1

@@ -119,7 +119,8 @@ class LearnerConfig(Section):
     """Tokens of one packed row (a longer trajectory gets a row of its own); 0: every trajectory a row of its own
     on CPU, where attention is split, and rows of a whole micro-batch on GPU, where it is block-sparse."""
     micro_batch_tokens: int = Field(4096, ge=16)
-    """Tokens one forward and backward pass holds."""
+    """Tokens one forward and backward pass holds. A longer trajectory is cut, so that this bounds memory; each
+    piece repeats the clean tokens that it sees."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     timeout_s: float = Field(1800, gt=0)

@@ -175,15 +175,15 @@ def test_groups_come_back_whole_and_in_order(parts):
 
 
 def test_trap_46_a_completion_cut_at_the_cap_earns_nothing_whatever_it_says(parts, monkeypatch):
-    """The cap falls right after the boxed answer: correct for the verifier, cut for the reward."""
+    """The same samples with the cap where the shortest right one ended, and no stop token to end it."""
     collector = parts[0]
     whole = collector.collect(ask(6, first=30), DECODING, group_size=2)
     right = [s.trajectory for g in whole.groups for s in g.samples if s.verdict == "correct" and s.reward == 1]
     assert right, "some answers are right and end by themselves"
-    shortest = min(t.completion_len for t in right)
+    shortest = min(len(t.token_ids) - t.prompt_len for t in right)
     for allowed in (False, True):
         monkeypatch.setattr(collector, "_score_truncated", allowed)
-        cap = replace(DECODING, max_new_tokens=shortest + 4, stop_ids=(), strategy="sequential", denoising_steps=1)
+        cap = replace(DECODING, max_new_tokens=shortest, stop_ids=())
         samples = [s for g in collector.collect(ask(6, first=30), cap, group_size=2).groups for s in g.samples]
         assert {s.trajectory.stop_reason for s in samples} == {"length"}
         cut_and_right = [s.reward for s in samples if s.verdict == "correct"]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from synthetic import make_model, make_trajectory
+from synthetic import MASK_ID, make_model, make_trajectory
 
 from learner.layout import FlexLayout, SplitLayout, make_layout
 from learner.objective import token_terms
-from learner.packing import balance, pack, slice_sample, token_weights
+from learner.packing import balance, cut, pack, slice_sample, token_weights
 from tstar_ray.blocks import build_slices, ceil_to_block, train_visibility
 from tstar_ray.model import TrainLayout
 
@@ -97,11 +97,17 @@ def dense_loss(model, trajs, samples, *, train_block, shrink, weights):
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize(("rollout_block", "train_block", "shrink"), [(4, 4, 1), (4, 8, 1), (8, 8, 3), (1, 1, 1)])
-def test_trap_10_packed_equals_one_dense_row_per_slice(model, normaliser, rollout_block, train_block, shrink):
+@pytest.mark.parametrize("micro_batch_tokens", [20, 512])
+def test_trap_10_packed_equals_one_dense_row_per_slice(
+    model, normaliser, rollout_block, train_block, shrink, micro_batch_tokens
+):
     trajs = trajectories(rollout_block)
     samples = sliced(trajs, train_block=train_block, shrink=shrink)
     weights = token_weights(samples, normaliser, length_norm=32)
-    packed = batch_loss(model, pack(samples, weights, row_tokens=256, micro_batch_tokens=512))
+    batches = pack(samples, weights, row_tokens=256, micro_batch_tokens=micro_batch_tokens)
+    cut_up = max(b.ids.shape[1] for b in batches) < max(len(s.ids) for s in samples)
+    assert cut_up == (micro_batch_tokens == 20 and train_block > 1), "at B=1 no sample has more noisy than clean tokens"
+    packed = batch_loss(model, batches)
     packed_grad = gradients(model, packed)
     dense = dense_loss(model, trajs, samples, train_block=train_block, shrink=shrink, weights=weights)
     dense_grad = gradients(model, dense)
@@ -170,6 +176,31 @@ def test_rows_hold_no_more_than_asked_and_nothing_is_lost():
     seen = torch.cat([b.sample for b in batches]).bincount()
     np.testing.assert_array_equal(seen, [len(s.target_id) for s in samples])
     assert sum(float(b.weight.sum()) for b in batches) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [8, 60, 150, 10_000])
+def test_long_samples_are_cut_within_the_limit_and_every_target_is_kept(limit):
+    (sample,) = sliced(
+        [make_trajectory(np.random.default_rng(5), prompt_len=7, blocks=12, block_size=8)], train_block=8
+    )
+    (weight,) = token_weights([sample], "per_step_mean", length_norm=1)
+    pieces = cut(sample, weight, limit)
+    assert (len(pieces) == 1) == (len(sample.ids) <= limit)
+    for piece, _ in pieces:
+        clean, noisy = int((piece.slice_id < 0).sum()), int((piece.slice_id >= 0).sum())
+        assert clean == piece.block[-1] * 8
+        assert len(piece.ids) <= limit or noisy <= max(8, clean)
+        assert piece.slice_id[clean] == 0
+        np.testing.assert_array_equal(piece.position[:clean], np.arange(clean))
+        # A target stands in the slice it belongs to, at its own position.
+        np.testing.assert_array_equal(piece.position[piece.target_index], 7 + piece.target_offset)
+        assert (piece.ids[piece.target_index] == MASK_ID).all()
+    for name in ("target_id", "target_slice", "target_offset", "recorded", "advantage"):
+        whole = np.concatenate([getattr(piece, name) for piece, _ in pieces])
+        np.testing.assert_array_equal(whole, getattr(sample, name))
+    np.testing.assert_array_equal(np.concatenate([w for _, w in pieces]), weight)
+    noisy = np.concatenate([piece.ids[piece.slice_id >= 0] for piece, _ in pieces])
+    np.testing.assert_array_equal(noisy, sample.ids[sample.slice_id >= 0])
 
 
 def test_trap_43_micro_batches_mix_responses():
