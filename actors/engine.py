@@ -1,4 +1,12 @@
-"""The boundary between rollout actors and whatever decodes for them."""
+"""The boundary between rollout actors and whatever decodes for them.
+
+    rollout actor ──requests, decoding settings──► engine ──trajectories──► rollout actor
+                  ──flat weights, version────────►        ──proof────────►
+
+The Ray actor knows nothing of attention, caches and devices; an engine knows nothing of Ray, rewards and stages.
+Calls may come from several threads: requests of all of them are decoded together, and weights are taken between
+two denoising steps, so that publishing never waits for a sequence to end.
+"""
 
 from __future__ import annotations
 

@@ -51,9 +51,17 @@ class Work:
     decoding: Decoding
     """How."""
     rule: int
-    """Index of equal settings, see `Slots`."""
-    prefix: int
-    """Hash of prompt and block size."""
+    """Index of its settings in the engine's list."""
+
+    @property
+    def shared(self) -> tuple[tuple[int, ...], int]:
+        """Prompt and block size: keys and values of two sequences agree up to `clean` where these are equal."""
+        return self.request.prompt_ids, self.decoding.block_size
+
+    @property
+    def prefix(self) -> int:
+        """Hash of `shared`."""
+        return hash(self.shared)
 
     @property
     def limit(self) -> int:
@@ -120,13 +128,13 @@ class Slots:
     def admit(self, work: list[Work]) -> None:
         """Fill the next slots. The first of each new prompt reads it and takes one of the last of them; the others
         copy its keys and values in the same pass."""
-        sources: dict[int, int] = {}
+        sources: dict[tuple[tuple[int, ...], int], int] = {}
         readers: list[Work] = []
         followers: list[tuple[Work, int | None]] = []
         for item in work:
             owner = self._sharing(item)
-            if item.clean and owner is None and item.prefix not in sources:
-                sources[item.prefix] = len(readers)
+            if item.clean and owner is None and item.shared not in sources:
+                sources[item.shared] = len(readers)
                 readers.append(item)
             else:
                 followers.append((item, owner))
@@ -134,7 +142,7 @@ class Slots:
         ordered: list[tuple[Work, int]] = []
         for item, owner in followers:
             if owner is None and item.clean:
-                owner = reading + sources[item.prefix]
+                owner = reading + sources[item.shared]
             ordered.append((item, -1 if owner is None else owner))
         ordered += [(item, -1) for item in readers]
         widest = max(item.decoding.block_size for item in work)
@@ -161,11 +169,7 @@ class Slots:
     def _sharing(self, item: Work) -> int | None:
         """An active slot with the same prompt and block size."""
         for slot in np.flatnonzero(self.column("prefix") == item.prefix)[:1].tolist():
-            other = self.work[int(self.fields["ticket"][slot])]
-            if (other.request.prompt_ids, other.decoding.block_size) == (
-                item.request.prompt_ids,
-                item.decoding.block_size,
-            ):
+            if self.work[int(self.fields["ticket"][slot])].shared == item.shared:
                 return slot
         return None
 

@@ -25,6 +25,7 @@ trajectory is marked ``stale_cache``.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -92,7 +93,7 @@ class TorchEngine:
     @property
     def stats(self) -> EngineStats:
         """Totals so far."""
-        return self._stats
+        return dataclasses.replace(self._stats)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
         """See `actors.engine.Engine.generate`. Raises ValueError for a request that can never be served."""
@@ -142,14 +143,13 @@ class TorchEngine:
         with self.paused():
             if decoding not in self._rules:
                 self._rules.append(decoding)
-            rule, b = self._rules.index(decoding), decoding.block_size
+            rule = self._rules.index(decoding)
             work = []
             for request in requests:
                 if self._model.mask_id in request.prompt_ids:
                     mask_id = self._model.mask_id
                     raise ValueError(f"the prompt of group {request.group_id} holds the mask token {mask_id}")
-                prefix = hash((request.prompt_ids, b))
-                work.append(Work(next(self._tickets), request, decoding, rule, prefix))
+                work.append(Work(next(self._tickets), request, decoding, rule))
             longest = max((item.limit for item in work), default=0)
             if longest > self._positions:
                 need = longest * self._cache.bytes_per_position / 2**30
@@ -244,15 +244,20 @@ class TorchEngine:
         """Passes for what is not in the cache and would make the round's pass exceed ``pass_tokens``."""
         block, block_size = self._slots.column("block"), self._slots.column("block_size")
         committed = self._slots.column("committed")
-        if (block + block_size - committed).sum() <= self._pass_tokens:
-            return
-        for slot in np.flatnonzero(block - committed > block_size).tolist():
-            piece = max(1, self._pass_tokens // int(block_size[slot])) * int(block_size[slot])
-            while committed[slot] < block[slot]:
-                end = min(int(committed[slot]) + piece, int(block[slot]))
-                self._forward(np.array([slot]), committed[slot : slot + 1], np.array([end]))
-                self._stats.prefills += 1
-                committed[slot] = end
+        while (block + block_size - committed).sum() > self._pass_tokens:
+            pending = block - committed
+            rows = np.flatnonzero(pending > block_size)
+            if not len(rows):
+                return  # only denoising is left, however much of it
+            # As many neighbours as fit are read whole; a prompt that alone is too long, in pieces of whole blocks.
+            neighbours = rows == rows[0] + np.arange(len(rows))
+            fits = neighbours & (pending[rows].cumsum() <= self._pass_tokens)
+            rows = rows[: max(1, fits.sum())]
+            piece = max(1, self._pass_tokens // block_size[rows[0]]) * block_size[rows[0]]
+            end = committed[rows] + np.minimum(pending[rows], piece) if len(rows) == 1 else block[rows].copy()
+            self._forward(rows, committed[rows], end)
+            self._stats.prefills += 1
+            committed[rows] = end
 
     def _forward(self, slot: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64]) -> torch.Tensor:
         """Run positions start..end of neighbouring slots, all [k]; returns hidden states [N, hidden], end to end."""

@@ -270,9 +270,10 @@ class _Collect:
             if earned is None:
                 self._retry(trajectory.group_id)
             elif trajectory.group_id in self._open:
-                if trajectory.stop_reason == "length" and not self._owner._score_truncated:
-                    earned = 0.0
-                self._accept(Sample(trajectory.validate(), text, str(result.verdict), earned))
+                verdict = str(result.verdict)
+                if earned > 0 and trajectory.stop_reason == "length" and not self._owner._score_truncated:
+                    verdict, earned = "truncated", 0.0
+                self._accept(Sample(trajectory.validate(), text, verdict, earned))
 
     def _accept(self, sample: Sample) -> None:
         group_id = sample.trajectory.group_id

@@ -114,7 +114,8 @@ class Sample:
     text: str
     """The decoded completion, without the stop token."""
     verdict: str
-    """How verification ended; see ``reward.grading.Verdict``."""
+    """How verification ended (``reward.grading.Verdict``), or ``truncated``: right, but cut at the length cap where
+    such completions earn nothing (``reward.score_truncated``)."""
     reward: float
     """What the answer earned; samples without a reward never get here."""
 

@@ -118,7 +118,16 @@ def test_prompts_beyond_the_pass_limit_are_read_in_pieces(model, twin):
     requests = make_requests([70, 3, 41, 22])
     for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
         assert_equal(trajectory, request, twin, model, DYNAMIC)
-    assert engine.stats.prefills == 5 + 3 + 2
+    assert engine.stats.prefills == 4 + 3 + 1, "what is left of 68, 40 and 20 is no more than a block"
+
+
+def test_short_prompts_beyond_the_pass_limit_share_passes(model, twin):
+    """8 prompts of 20 tokens: four are read in a pass of 88, then four more, and all take their first step together."""
+    engine = TorchEngine(model, pass_tokens=88)
+    requests = make_requests([20] * 8)
+    for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
+        assert_equal(trajectory, request, twin, model, DYNAMIC)
+    assert engine.stats.prefills == 2
 
 
 def test_a_request_may_have_a_cap_of_its_own(model, twin):

@@ -186,9 +186,10 @@ def test_trap_46_a_completion_cut_at_the_cap_earns_nothing_whatever_it_says(part
         cap = replace(DECODING, max_new_tokens=shortest, stop_ids=())
         samples = [s for g in collector.collect(ask(6, first=30), cap, group_size=2).groups for s in g.samples]
         assert {s.trajectory.stop_reason for s in samples} == {"length"}
-        cut_and_right = [s.reward for s in samples if s.verdict == "correct"]
-        assert cut_and_right
-        assert set(cut_and_right) == {float(allowed)}
+        right = [s for s in samples if s.verdict == ("correct" if allowed else "truncated")]
+        assert right, "accuracy counts what a reward counts"
+        assert {s.reward for s in right} == {float(allowed)}
+        assert {s.verdict for s in samples} - {right[0].verdict} <= {"wrong", "unparsable"}
 
 
 def test_invariant_7_a_verifier_that_hangs_or_dies_gives_no_reward_and_its_group_fails(parts):
