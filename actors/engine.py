@@ -10,7 +10,7 @@ two denoising steps, so that publishing never waits for a sequence to end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +20,10 @@ import torch
 from tstar_ray.decoding import Decoding
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
+
+
+class CancelledError(RuntimeError):
+    """What was asked for is no longer wanted."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,11 @@ class EngineStats:
     """Time in the LM head, sampling and unmasking, with the one wait for the device."""
     host_seconds: float = 0.0
     """Time spent on admission, bookkeeping and trajectories."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes so far."""
+        return self.forwards + self.prefills
 
     @property
     def seconds(self) -> float:
@@ -85,6 +94,9 @@ class Engine(Protocol):
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Trajectory]:
         """The same trajectories as they finish; closing the iterator gives up the rest."""
+
+    def cancel(self, group_ids: Collection[int]) -> None:
+        """Give up what was asked for these groups; calls that wait for any of it raise `CancelledError`."""
 
     def paused(self) -> AbstractContextManager[None]:
         """Between two denoising steps: nothing is decoded while the context is open."""

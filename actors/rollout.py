@@ -1,18 +1,16 @@
 """The rollout actor: an engine, its tokenizer, and proof of the weights it serves.
 
-    controller ──generate(requests, decoding, version)──► trajectories and texts
-    learner ───► object store ──load_weights(published)──► Proof(version, checksum)
+    controller ──generate(requests, decoding, version)──► trajectories and texts     up to CALLS at a time
+    learner ───► object store ──load_weights(published)──► Proof(version, checksum)  also while it decodes
+    supervisor ──progress()──► passes so far                                         always answered
 
-`RolloutWorker` is a plain class; `remote_class` puts Ray around it. It refuses work for any version but the
-one it proved (invariant 8).
+`RolloutWorker` is a plain class; `remote_class` puts Ray around it, with a thread for weights and one for probes
+beside those that decode. It refuses work for weights newer than those it proved (invariant 8).
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +20,7 @@ from actors.torch_engine import TorchEngine
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import load_checkpoint, pick_device
+from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
 
@@ -33,18 +32,8 @@ class WeightSource(Protocol):
         """The flat buffer."""
 
 
-@dataclass(frozen=True, slots=True)
-class ActorInfo:
-    """Where an actor runs, for logs and the run folder."""
-
-    name: str
-    """As shown on the Ray dashboard."""
-    node: str
-    """Host name."""
-    pid: int
-    """Process id."""
-    proof: Proof
-    """Weights it started with."""
+CALLS = 4
+"""Calls of `generate` that an actor takes at a time; the engine decodes them together."""
 
 
 class RolloutWorker:
@@ -53,38 +42,50 @@ class RolloutWorker:
     def __init__(
         self, index: int, model: ModelConfig, actors: ActorsConfig, *, threads: int, weights: WeightSource
     ) -> None:
-        self._index, self._weights = index, weights
-        torch.set_num_threads(threads)
-        device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
-        checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
-        self._tokenizer = checkpoint.tokenizer
-        self._engine: Engine = TorchEngine(
-            checkpoint.model,
-            max_batch=actors.max_batch,
-            cache_gb=actors.cache_gb,
-            cache_update=actors.cache_update,
-        )
+        self._index, self._model, self._actors = index, model, actors
+        self._threads, self._weights = threads, weights
 
     def __repr__(self) -> str:
         return f"Rollout({self._index})"
 
-    def ready(self) -> ActorInfo:
-        """Answer once the model is loaded."""
-        return ActorInfo(repr(self), platform.node(), os.getpid(), self._engine.proof)
+    def ready(self) -> Place:
+        """Load the model, and say where this runs. Not in the constructor, where Ray turns an error into an abort."""
+        torch.set_num_threads(self._threads)
+        device, dtype = pick_device(gpus=self._actors.gpus, dtype=self._model.dtype)
+        checkpoint = load_checkpoint(
+            self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device
+        )
+        self._tokenizer = checkpoint.tokenizer
+        self._engine: Engine = TorchEngine(
+            checkpoint.model,
+            max_batch=self._actors.max_batch,
+            cache_gb=self._actors.cache_gb,
+            cache_update=self._actors.cache_update,
+        )
+        return here(repr(self))
 
     def load_weights(self, published: Any) -> Proof:
-        """Fetch, load, drop caches, and prove what is now served."""
+        """Fetch, load between two denoising steps, and prove what is now served."""
         return self._engine.load_weights(self._weights.fetch(published), published.version)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, version: int) -> list[tuple[Trajectory, str]]:
-        """A trajectory and its text for each request, in order, decoded by exactly this weight version."""
-        if version != self._engine.proof.version:
+        """A trajectory and its text for each request, in order, decoded by this weight version or newer ones."""
+        torch.set_num_threads(self._threads)  # a setting of the calling thread
+        if self._engine.proof.version < version:
             raise RuntimeError(f"{self!r} serves weights {self._engine.proof.version}, asked to decode with {version}")
         trajectories = self._engine.generate(requests, decoding)
         texts = self._tokenizer.batch_decode(
             [t.completion_ids.tolist() for t in trajectories], skip_special_tokens=True
         )
         return list(zip(trajectories, texts))
+
+    def cancel(self, group_ids: Sequence[int]) -> None:
+        """Give up what belongs to these groups; the calls that asked for it fail."""
+        self._engine.cancel(group_ids)
+
+    def progress(self) -> int:
+        """Passes so far; one that decodes moves on."""
+        return self._engine.stats.passes
 
     def stats(self) -> EngineStats:
         """Totals of the engine."""
@@ -95,4 +96,8 @@ def remote_class() -> Any:
     """`RolloutWorker` as a Ray actor class; Ray is imported here and nowhere else in this package."""
     import ray
 
-    return ray.remote(RolloutWorker)
+    for group, methods in {"weights": ("load_weights", "cancel"), "health": ("ready", "progress")}.items():
+        for method in methods:
+            ray.method(concurrency_group=group)(getattr(RolloutWorker, method))
+    options: Any = {"max_concurrency": CALLS, "concurrency_groups": {"weights": 1, "health": 1}}
+    return ray.remote(**options)(RolloutWorker)

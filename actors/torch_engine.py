@@ -30,7 +30,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.engine import EngineStats
+from actors.engine import CancelledError, EngineStats
 from actors.kv_cache import KVCache, RaggedLayout, Rows
 from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
@@ -78,7 +78,7 @@ class TorchEngine:
         self._slots = Slots(mask_id=model.mask_id, device=model.device)
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
-        self._ended: dict[int, Trajectory | None] = {}
+        self._ended: dict[int, Trajectory | RuntimeError] = {}
         self._tickets = itertools.count()
         self._rules: list[Decoding] = []
         self._turn = threading.RLock()
@@ -131,6 +131,14 @@ class TorchEngine:
                 self._slots.column("stale")[:] |= self._slots.column("committed") > 0
             return self._proof
 
+    def cancel(self, group_ids: Collection[int]) -> None:
+        """See `actors.engine.Engine.cancel`."""
+        with self.paused():
+            work = [*self._waiting, *self._slots.work.values()]
+            tickets = {item.ticket for item in work if item.request.group_id in group_ids}
+            self._give_up(tickets)
+            self._ended.update({ticket: CancelledError("its group was cancelled") for ticket in tickets})
+
     def sleep(self) -> None:
         """See `actors.engine.Engine.sleep`."""
         with self.paused():
@@ -170,11 +178,11 @@ class TorchEngine:
                     ended = [(ticket, self._ended.pop(ticket)) for ticket in left & self._ended.keys()]
                     if not ended:
                         self._round()
-                for ticket, trajectory in ended:
+                for ticket, outcome in ended:
                     left.discard(ticket)
-                    if trajectory is None:
-                        raise RuntimeError("decoding failed in another call, which took this call's sequences with it")
-                    yield ticket, trajectory
+                    if isinstance(outcome, RuntimeError):
+                        raise outcome
+                    yield ticket, outcome
         finally:
             if left:
                 self._give_up(left)
@@ -203,7 +211,8 @@ class TorchEngine:
             # Memory ran out, or the device failed: what was under way is lost, for every caller.
             lost = [*self._slots.work, *(item.ticket for item in self._waiting)]
             self._waiting.clear()
-            self._ended.update(dict.fromkeys(lost))
+            told = "decoding failed in another call, which took this call's sequences with it"
+            self._ended.update({ticket: RuntimeError(told) for ticket in lost})
             self._retire(np.ones(self._slots.active, dtype=bool))
             raise
 

@@ -37,6 +37,8 @@ GAUGES = {
     "rollout_actors": "live rollout actors",
     "reward_actors": "live reward actors",
     "actor_restarts": "actors replaced so far",
+    "learner_restarts": "times the learner group was built anew",
+    "staleness": "largest distance in weight versions of the last update's tokens",
     "rollout_idle": "share of the last update that rollout actors were idle",
     "learner_idle": "share of the last update that the learner was idle",
     "publish_seconds": "seconds of the last weight publish",

@@ -87,8 +87,8 @@ def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str) -> dict[str
         if not done:
             late = ", ".join(sorted(names[ref] for ref in pending))
             raise ClusterError(
-                f"{what} not ready after {timeout_s:g} s: {late}. The cluster has {_amounts(ray.cluster_resources())}, "
-                f"free {_amounts(ray.available_resources())}; lower what the actors ask for, or raise "
+                f"{what} not ready after {timeout_s:g} s: {late}. The cluster has {amounts(ray.cluster_resources())}, "
+                f"free {amounts(ray.available_resources())}; lower what the actors ask for, or raise "
                 "cluster.start_timeout_s"
             )
         for ref in done:
@@ -99,7 +99,8 @@ def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str) -> dict[str
     return results
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
+def amounts(resources: Mapping[str, float]) -> str:
+    """CPU and GPU of a resource mapping, to read."""
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
@@ -110,3 +111,9 @@ def _cause(error: Any) -> str:
         return str(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a message."""
+    text = str(getattr(error, "cause", None) or error).strip()
+    return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -24,6 +24,8 @@ from typing import Any
 from tstar_ray.config import ClusterConfig
 
 _REACH_S = 5.0
+_TOKEN = secrets.token_hex(32)
+"""Of every private cluster of this process: Ray keeps the first token it reads."""
 _PACKAGES = ("tstar_ray", "actors", "learner", "reward", "cluster")
 
 
@@ -126,7 +128,7 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
         _check_free(cluster.dashboard_port)
     changed = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": _TOKEN,
         "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

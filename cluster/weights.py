@@ -1,7 +1,7 @@
 """Weights from the learner to the actors, through Ray's object store.
 
     learner rank 0: publish(flat, version) ──► Published (version, checksum, box) ──► fetch in every actor
-    controller: serve(published, actors)   ──► each loads and answers with a Proof; equal ones may work
+    actor pool: serve(published)           ──► each loads and answers with a Proof; equal ones may work
 
 One flat buffer is stored once; actors on one node map the same memory. An actor that starts late or anew just
 fetches the newest. The object lives as long as a `Published` refers to it and its owner, the process that
@@ -10,9 +10,7 @@ called `publish`, lives; a learner that was rebuilt publishes again.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,24 +63,3 @@ class ObjectStoreTransport:
             warnings.filterwarnings("ignore", "The given (buffer|NumPy array) is not writable")
             flat = torch.from_numpy(array)
         return flat.view(torch.bfloat16) if published.dtype == "bfloat16" else flat
-
-    def serve(self, published: Published, actors: Mapping[str, Any], timeout_s: float) -> dict[str, str | None]:
-        """Have actors load these weights; None for each that proved them, else what went wrong (invariant 8)."""
-        import ray
-
-        names = {actor.load_weights.remote(published): name for name, actor in actors.items()}
-        outcome: dict[str, str | None] = dict.fromkeys(actors, f"no answer in {timeout_s:g} s")
-        deadline, pending = time.monotonic() + timeout_s, list(names)
-        while pending:
-            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                break
-            for ref in done:
-                try:
-                    proof = ray.get(ref)
-                    good = proof == published.proof
-                    outcome[names[ref]] = None if good else f"serves {proof}, published is {published.proof}"
-                except ray.exceptions.RayError as error:
-                    text = str(getattr(error, "cause", None) or error).strip()
-                    outcome[names[ref]] = text.splitlines()[0] if text else type(error).__name__
-        return outcome

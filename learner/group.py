@@ -3,21 +3,25 @@
     controller ──update(groups)──► every rank ──gradients between ranks──► report of rank 0
                 ──publish(v)─────► every rank gathers, rank 0 stores the flat buffer
 
-A process group cannot be healed: when a rank fails, the call raises `LearnerError`, and the group has to be
-built anew from the last checkpoint. Every wait has a time limit.
+A process group cannot be healed: when a rank is lost, the call raises `LearnerLostError`, and `restart` builds the
+group anew, to continue from the last checkpoint. An error of the update itself is a `LearnerError`. Every wait has a
+time limit, and goes through `LearnerGroup.wait`, so that others' work can go on meanwhile.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tstar_ray.config import LearnerConfig, ModelConfig
+from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Group, Trajectory
+
+_NOTICE_S = 2.0
+"""Seconds that Ray may need to see a process end."""
 
 
 class WeightSink(Protocol):
@@ -28,7 +32,11 @@ class WeightSink(Protocol):
 
 
 class LearnerError(RuntimeError):
-    """A rank failed or took too long."""
+    """A call failed."""
+
+
+class LearnerLostError(LearnerError):
+    """A rank died or does not answer."""
 
 
 class LearnerRank:
@@ -51,6 +59,9 @@ class LearnerRank:
     def __repr__(self) -> str:
         return f"Learner({self._rank})"
 
+    def alive(self) -> None:
+        """A sign of life, given by a thread of its own."""
+
     def address(self) -> tuple[str, int]:
         """Host and a free port for the rendezvous; asked of rank 0."""
         import ray
@@ -59,7 +70,7 @@ class LearnerRank:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def setup(self, world: int, host: str, port: int) -> str:
+    def setup(self, world: int, host: str, port: int) -> Place:
         """Load the model, join the process group and start DeepSpeed; returns where it runs."""
         import torch
 
@@ -82,7 +93,7 @@ class LearnerRank:
             timeout_s=self._learner.timeout_s,
         )
         self._trainer = Trainer(checkpoint, self._learner, seed=self._seed)
-        return f"{self!r} on {platform.node()} pid {os.getpid()}"
+        return here(repr(self))
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the trainer; only rank 0 returns its result."""
@@ -112,19 +123,44 @@ class LearnerGroup:
         """``options`` are Ray's for one rank; ``name`` makes a unique actor name of a readable one."""
         import ray
 
-        self._timeout_s = learner.timeout_s
-        actor: Any = ray.remote(LearnerRank)
-        self.ranks: list[Any] = [
-            actor.options(name=name(f"learner-{rank}"), **options).remote(
+        self._timeout_s, self._silent_s = learner.timeout_s, learner.silent_s
+        self._count, self._name = learner.ranks, name
+        ray.method(concurrency_group="health")(LearnerRank.alive)
+        health: Any = {"concurrency_groups": {"health": 1}}
+        actor: Any = ray.remote(**health)(LearnerRank)
+
+        def make(rank: int, name: str) -> Any:
+            return actor.options(name=name, **options).remote(
                 rank, model, learner, threads=threads, seed=seed, weights=weights
             )
-            for rank in range(learner.ranks)
-        ]
+
+        self._make = make
+        self.wait: Callable[..., tuple[list[Any], list[Any]]] = ray.wait
+        """(refs, timeout=seconds) -> (done, pending)."""
+        self.places: dict[str, Place] = {}
+        """Where the ranks run."""
+        self.restarts = 0
+        """Times the group was built anew."""
+        self.ranks: list[Any] = []
+        self._make_ranks()
+
+    def _make_ranks(self) -> None:
+        suffix = f"-r{self.restarts}" if self.restarts else ""
+        self._signs: dict[int, tuple[Any, float]] = {}
+        self.ranks = [self._make(rank, self._name(f"learner-{rank}{suffix}")) for rank in range(self._count)]
 
     def start(self, timeout_s: float) -> dict[str, Any]:
-        """Begin the rendezvous; returns a ref for each rank that resolves once it trains."""
+        """Begin the rendezvous; returns a ref for each rank that resolves to its `Place` once it trains."""
         host, port = self._wait([self.ranks[0].address.remote()], timeout_s, "rendezvous address")[0]
         return {f"learner-{i}": rank.setup.remote(len(self.ranks), host, port) for i, rank in enumerate(self.ranks)}
+
+    def restart(self, timeout_s: float) -> None:
+        """Build all ranks anew, from the start model; raises LearnerLostError where that takes too long or fails."""
+        self.stop()
+        self.restarts += 1
+        self._make_ranks()
+        refs = self.start(timeout_s)
+        self.places = dict(zip(refs, self._wait(list(refs.values()), timeout_s, "start")))
 
     def update(self, groups: Sequence[Group], spec: Any, *, update: int) -> Any:
         """One TraceRL update on complete groups; returns an `UpdateReport`."""
@@ -164,17 +200,46 @@ class LearnerGroup:
         """Results of all ranks. The first failure counts: the other ranks then only wait for the lost one."""
         import ray
 
-        pending = list(refs)
+        pending, deadline = list(refs), time.monotonic() + timeout_s
         while pending:
-            done, pending = ray.wait(pending, timeout=timeout_s)
+            left = deadline - time.monotonic()
+            done, pending = self.wait(pending, timeout=max(0.0, min(left, self._silent_s / 4)))
             if not done:
-                raise LearnerError(f"learner: {what} took longer than {timeout_s:g} s (learner.timeout_s)")
+                if left <= 0:
+                    raise LearnerLostError(f"learner: {what} took longer than {timeout_s:g} s (learner.timeout_s)")
+                self._probe(what)
+                continue
             try:
                 ray.get(done)
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                raise LearnerError(f"learner: {what} failed: {cause}") from error
+            except ray.exceptions.RayActorError as error:
+                raise LearnerLostError(f"learner: {what} failed: {error}") from error
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, FloatingPointError):
+                    # A collective may notice a lost neighbour before Ray does.
+                    time.sleep(_NOTICE_S)
+                    self._probe(what)
+                raise LearnerError(f"learner: {what} failed: {error.cause}") from error
         return ray.get(refs)
+
+    def _probe(self, what: str) -> None:
+        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died or is silent."""
+        import ray
+
+        now = time.monotonic()
+        for index, rank in enumerate(self.ranks):
+            ref, sent = self._signs.get(index, (None, now))
+            if ref is not None and ray.wait([ref], timeout=0)[0]:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise LearnerLostError(f"learner: rank {index} was lost during {what}: {error}") from error
+                ref = None
+            if ref is None:
+                self._signs[index] = rank.alive.remote(), now
+            elif now - sent > self._silent_s:
+                raise LearnerLostError(
+                    f"learner: rank {index} gave no sign of life in {now - sent:.0f} s during {what}"
+                )
 
     def stop(self) -> None:
         """End the ranks."""
@@ -182,3 +247,4 @@ class LearnerGroup:
 
         for rank in self.ranks:
             ray.kill(rank)
+        self.ranks = []

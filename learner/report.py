@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ class UpdateSpec:
     """Tokens `const_len` divides by."""
     compare_recorded: bool
     """Report the distance to the engine's log-probs; meaningless in a bridge."""
+    correction: Literal["none", "token", "step", "sequence"] = "none"
+    """Level of the importance correction, see `tstar_ray.config_learner.CorrectionConfig`; not ``auto``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,13 +260,13 @@ class Trainer:
         if self._reference is not None:
             with torch.no_grad():
                 reference = self._reference(*inputs, temperature)[0]
-        if config.correction.level != "none":
+        if spec.correction != "none":
             weight = importance(
                 old,
                 batch.recorded,
                 batch.sample,
                 batch.step,
-                level=config.correction.level,
+                level=spec.correction,
                 mode=config.correction.mode,
                 bound=config.correction.bound,
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,10 @@ def write_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(root)
-    for old in sorted(root.glob("u*"))[:-keep]:
-        shutil.rmtree(old)
+    # Later ones belong to a history that was given up when an earlier one was resumed.
+    earlier = [folder for folder in sorted(root.glob("u*")) if folder.name <= final.name]
+    for folder in set(root.glob("u*")) - set(earlier[-keep:]):
+        shutil.rmtree(folder)
     return final
 
 

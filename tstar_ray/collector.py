@@ -1,11 +1,15 @@
-"""From problems to complete, rewarded groups: the synchronous half of the loop that an asynchronous one replaces.
+"""From problems to complete, rewarded groups, while whoever waits for something else waits through it.
 
-    problems ──► units of requests ──► idle rollout actors ──► reward actors ──► groups
-                     ▲                       │ lost                │ no reward
-                     └──── reissued ─────────┴──── replaced ───────┘
+    dispatch ──► batches ──► units of requests ──► rollout actors ──► chunks ──► reward actors ──► groups
+                                  ▲                     │ lost                        │ no reward
+                                  └───── reissued ──────┴────────── replaced ─────────┘
 
-- A unit whose actor died, hung or served other weights is reissued; the actor is replaced, and the new one
-  proves the current weights before it gets work (invariant 8).
+`wait` is `ray.wait` that keeps all of this moving: the controller waits for the learner, for a batch, for proofs of
+weights through it, and rollouts go on meanwhile.
+
+- Batches are served in the order of dispatch, evaluations first. An actor gets units up to a number of samples in
+  flight (``Limits.in_flight``).
+- What an actor that was lost had not delivered is reissued; `cluster.pool` replaces the actor.
 - A sample that could not be scored (verifier timed out, crashed or rejected it) earns nothing: a new sample
   with its own seed takes its place (invariant 7). Past ``max_attempts`` its group counts as failed.
 - Every wait has a time limit; nothing is dropped for being slow.
@@ -13,41 +17,48 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 import ray
 
-from cluster.placement import wait_ready
+from cluster.placement import first_line
 from cluster.pool import ActorPool
-from cluster.session import ClusterError
-from cluster.weights import ObjectStoreTransport, Published
+from cluster.weights import Published
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
 
+_CHUNK, _TICK_S = 32, 0.5
+"""Samples of one call to a reward actor; seconds between looks at limits and supervision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Time limits and retries."""
+    """Time limits, retries, and how much an actor gets."""
 
     rollout_s: float
     """One unit on a rollout actor."""
     reward_s: float
-    """One sample on a reward actor, from when its unit was sent, for a whole unit of n samples n times that."""
+    """One sample on a reward actor, from when its chunk was sent, for a chunk of n samples n times that."""
     start_s: float
-    """A replaced actor until it is ready and proved its weights."""
+    """Until actors have proved weights, and added to the limit of a chunk."""
     max_attempts: int
     """Tries of one sample."""
+    in_flight: int = 1
+    """An actor with so many samples in flight gets no further unit; 1: one unit at a time."""
+    units: int = 1
+    """Units that a batch is cut into for each wanted actor."""
 
 
 @dataclass(slots=True)
 class Collection:
-    """What one call collected."""
+    """What became of a batch."""
 
     groups: list[Group] = field(default_factory=list)
     """Complete ones, in the order asked."""
@@ -58,15 +69,9 @@ class Collection:
     retries: int = 0
     """Samples asked for again."""
     rollout_s: float = 0.0
-    """Seconds until the last trajectory was there."""
+    """Seconds from dispatch until the last trajectory was there."""
     reward_s: float = 0.0
     """Seconds after that until the last verdict."""
-    rollout_busy_s: float = 0.0
-    """Seconds of rollout actors at work, summed."""
-
-    def merged(self, other: Collection) -> Collection:
-        """Both together, ``other`` after this one."""
-        return Collection(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(slots=True)
@@ -75,9 +80,48 @@ class _Open:
 
     problem: PromptedProblem
     size: int
+    attempts_left: int
     samples: list[Sample] = field(default_factory=list)
     issued: int = 0
-    attempts_left: int = 0
+
+
+class Batch:
+    """Groups dispatched together, decoded the same way."""
+
+    def __init__(self, decoding: Decoding, group_size: int, rank: tuple[int, int]) -> None:
+        """``rank``: batches of lower rank are served first."""
+        self.decoding, self.group_size, self.rank = decoding, group_size, rank
+        self.when_done: Callable[[Batch], None] = lambda batch: None
+        """See `Collector.dispatch`."""
+        self.order: list[int] = []
+        """Ids of its groups."""
+        self.found = Collection()
+        """What there is, complete once `done`."""
+        self._open: dict[int, _Open] = {}
+        self._complete: dict[int, Group] = {}
+        self._units: deque[list[Request]] = deque()
+        self._again: list[Request] = []
+        self._began = self._rolled = time.monotonic()
+
+    @property
+    def done(self) -> bool:
+        """Every group is complete or failed."""
+        return not self._open
+
+    def _close(self) -> None:
+        self.found.groups = [self._complete[i] for i in self.order if i in self._complete]
+        self.found.rollout_s = self._rolled - self._began
+        self.found.reward_s = time.monotonic() - self._rolled
+
+
+@dataclass(slots=True)
+class _Job:
+    """A call in flight."""
+
+    batch: Batch
+    actor: str
+    payload: list[Any]
+    deadline: float
 
 
 def sample_seed(seed: int, group_id: int, sample: int) -> int:
@@ -93,227 +137,273 @@ class Collector:
         self,
         rollouts: ActorPool,
         rewards: ActorPool,
-        transport: ObjectStoreTransport,
         limits: Limits,
         *,
         seed: int,
         score_truncated: bool,
         on_event: Callable[[str], None],
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """``score_truncated``: completions cut at the length cap are scored like others, instead of 0."""
-        self._score_truncated = score_truncated
-        self._rollouts, self._rewards, self._transport, self._limits = rollouts, rewards, transport, limits
-        self._seed, self._on_event = seed, on_event
+        """``score_truncated``: completions cut at the length cap are scored like others, instead of 0. ``on_tick`` is
+        called about twice a second while something is waited for."""
+        self.rollouts, self.rewards = rollouts, rewards
+        self._limits, self._seed, self._score_truncated = limits, seed, score_truncated
+        self._on_event, self._on_tick = on_event, on_tick
         self._served: Published | None = None
+        self._batches: list[Batch] = []
+        self._numbers = itertools.count()
+        self._rolling: dict[Any, _Job] = {}
+        self._scoring: dict[Any, _Job] = {}
+        self._unscored: deque[tuple[Batch, list[tuple[Trajectory, str]]]] = deque()
+        self._ticked = 0.0
+        self._busy: dict[str, float] = {}
+        self._busy_s = 0.0
 
     @property
     def live(self) -> dict[str, int]:
-        """Gauges of the Ray dashboard: actors alive, and replaced so far."""
+        """Gauges of the Ray dashboard: actors that may work, and replaced so far."""
         return {
-            "rollout_actors": len(self._rollouts.handles),
-            "reward_actors": len(self._rewards.handles),
-            "actor_restarts": self._rollouts.restarts + self._rewards.restarts,
+            "rollout_actors": len(self.rollouts.handles),
+            "reward_actors": len(self.rewards.handles),
+            "actor_restarts": self.rollouts.restarts + self.rewards.restarts,
         }
 
-    @property
-    def served(self) -> Published:
-        """The weights that rollout actors have to serve."""
-        assert self._served is not None, "serve weights first"
-        return self._served
+    def take_busy_seconds(self) -> float:
+        """Seconds that rollout actors had work, summed over them, since the last call."""
+        now = time.monotonic()
+        taken = self._busy_s + sum(now - since for since in self._busy.values())
+        self._busy_s, self._busy = 0.0, dict.fromkeys(self._busy, now)
+        return taken
 
     def serve(self, published: Published) -> None:
-        """Give all rollout actors these weights; one that does not prove them is replaced and asked again."""
+        """Have all rollout actors take these weights; returns once every one has proved them or was replaced, and
+        one at least may work. Raises ClusterError past the limit."""
         self._served = published
-        names = dict(self._rollouts.handles)
-        while names:
-            proven = self._transport.serve(published, names, self._limits.start_s)
-            lost = {name: error for name, error in proven.items() if error}
-            names = {}
-            for name, error in lost.items():
-                new = self._replace_rollout(name, error, prove=False)
-                names[new] = self._rollouts.handles[new]
+        self.rollouts.serve(published)
+        self._until(lambda: not self.rollouts.proving and bool(self.rollouts.handles))
 
-    def collect(self, problems: Mapping[int, PromptedProblem], decoding: Decoding, *, group_size: int) -> Collection:
-        """Collect one group for each id and problem, all decoded by the weights served last."""
-        return _Collect(self, problems, decoding, group_size).run()
-
-    def _replace_rollout(self, name: str, reason: str, *, prove: bool = True) -> str:
-        new = self._rollouts.replace(name, reason)
-        self._on_event(f"{name} was lost ({reason}); {new} takes its place")
-        wait_ready({new: self._rollouts.handles[new].ready.remote()}, self._limits.start_s, "rollout actor")
-        if prove:
-            error = self._transport.serve(self.served, {new: self._rollouts.handles[new]}, self._limits.start_s)[new]
-            if error:
-                raise ClusterError(f"{new} does not serve the current weights: {error}")
-        return new
-
-    def _replace_reward(self, name: str, reason: str) -> str:
-        new = self._rewards.replace(name, reason)
-        self._on_event(f"{name} was lost ({reason}); {new} takes its place")
-        wait_ready({new: self._rewards.handles[new].ready.remote()}, self._limits.start_s, "reward actor")
-        return new
-
-
-@dataclass(slots=True)
-class _Job:
-    """A call in flight."""
-
-    actor: str
-    payload: list[Any]
-    started: float
-    deadline: float
-
-
-class _Collect:
-    """The state of one `Collector.collect`."""
-
-    def __init__(
+    def dispatch(
         self,
-        owner: Collector,
         problems: Mapping[int, PromptedProblem],
         decoding: Decoding,
+        *,
         group_size: int,
-    ) -> None:
-        self._owner, self._decoding = owner, decoding
-        self._limits, self._rollouts, self._rewards = owner._limits, owner._rollouts, owner._rewards
-        self._order = list(problems)
-        self._open = {
-            i: _Open(p, group_size, attempts_left=group_size * (self._limits.max_attempts - 1))
-            for i, p in problems.items()
-        }
-        self._result = Collection()
-        self._complete: dict[int, Group] = {}
-        self._rolling: dict[Any, _Job] = {}
-        self._scoring: dict[Any, _Job] = {}
-        self._units: deque[list[Request]] = deque()
-        self._again: list[Request] = []
+        urgent: bool = False,
+        into: Batch | None = None,
+        when_done: Callable[[Batch], None] = lambda batch: None,
+    ) -> Batch:
+        """Ask for one group for each id and problem, decoded by the weights served now or newer; ``urgent`` ones go
+        before all others, ``into`` adds to a batch. ``when_done`` is called when all groups are complete or failed;
+        it may dispatch more into the batch."""
+        batch = into or Batch(decoding, group_size, (0 if urgent else 1, next(self._numbers)))
+        batch.when_done = when_done
+        if batch not in self._batches:
+            self._batches = sorted([*self._batches, batch], key=lambda b: b.rank)
+        attempts = group_size * (self._limits.max_attempts - 1)
+        for group_id, problem in problems.items():
+            batch.order.append(group_id)
+            batch._open[group_id] = _Open(problem, group_size, attempts)
+        ids = list(problems)
+        size = max(1, -(-len(ids) // (self.rollouts.count * self._limits.units)))
+        for first in range(0, len(ids), size):
+            unit = [self._request(batch, i) for i in ids[first : first + size] for _ in range(group_size)]
+            batch._units.append(unit)
+        self._send()
+        return batch
 
-    def run(self) -> Collection:
-        """Until every group is complete or failed."""
-        start = time.monotonic()
-        last_rollout = start
-        per_unit = -(-len(self._order) // len(self._rollouts.handles))
-        for first in range(0, len(self._order), per_unit):
-            ids = self._order[first : first + per_unit]
-            self._units.append([self._request(i) for i in ids for _ in range(self._open[i].size)])
-        while self._units or self._again or self._rolling or self._scoring:
-            self._send_rollouts()
-            jobs = self._rolling | self._scoring
-            soonest = min(job.deadline for job in jobs.values())
-            done, _ = ray.wait(list(jobs), timeout=max(0.0, min(soonest - time.monotonic(), 5.0)))
-            for ref in done:
-                if ref in self._rolling:
-                    self._take_rollout(ref)
-                    last_rollout = time.monotonic()
-                else:
-                    self._take_score(ref)
-            self._expire()
-        self._result.groups = [self._complete[i] for i in self._order if i in self._complete]
-        self._result.rollout_s = last_rollout - start
-        self._result.reward_s = time.monotonic() - last_rollout
-        return self._result
+    def finish(self, batch: Batch) -> Collection:
+        """Wait until every group of a batch is complete or failed."""
+        self._until(lambda: batch.done)
+        return batch.found
 
-    def _request(self, group_id: int) -> Request:
-        group = self._open[group_id]
+    def cancel(self, batch: Batch) -> None:
+        """Give a batch up; actors stop decoding it at once."""
+        self._batches = [b for b in self._batches if b is not batch]
+        running = {job.actor for job in self._rolling.values() if job.batch is batch}
+        for name, handle in self.rollouts.handles.items():
+            if name in running:
+                handle.cancel.remote(list(batch.order))
+        self._rolling = {ref: job for ref, job in self._rolling.items() if job.batch is not batch}
+        self._scoring = {ref: job for ref, job in self._scoring.items() if job.batch is not batch}
+        self._unscored = deque(item for item in self._unscored if item[0] is not batch)
+        batch._open.clear()
+        self._count_busy()
+
+    def cancel_urgent(self) -> None:
+        """Give up evaluations that nobody waits for any more."""
+        for batch in [b for b in self._batches if b.rank[0] == 0]:
+            self.cancel(batch)
+
+    def wait(self, refs: Sequence[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        """`ray.wait` for the first of ``refs``, with rollouts, rewards and supervision going on meanwhile."""
+        deadline = time.monotonic() + timeout
+        done: list[Any] = []
+        while not done and time.monotonic() < deadline:
+            self._pump(refs, deadline)
+            done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        return done, [ref for ref in refs if ref not in done]
+
+    def _until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            self._pump()
+
+    def _pump(self, extra: Sequence[Any] = (), deadline: float = float("inf")) -> None:
+        """Wait a moment for anything, and handle what is there."""
+        self._send()
+        pending = [*extra, *self._rolling, *self._scoring, *self.rollouts.refs, *self.rewards.refs]
+        limit = max(0.0, min(_TICK_S, deadline - time.monotonic()))
+        if pending:
+            ray.wait(pending, timeout=limit)
+        else:
+            time.sleep(limit)
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0) if pending else ([], [])
+        for ref in ready:
+            if ref in self._rolling:
+                self._take_rollout(ref)
+            elif ref in self._scoring:
+                self._take_score(ref)
+            elif not self.rollouts.take(ref):
+                self.rewards.take(ref)
+        if time.monotonic() - self._ticked >= _TICK_S:
+            self._tick()
+
+    def _tick(self) -> None:
+        """Limits, supervision, and whoever asked to be called."""
+        self._ticked = now = time.monotonic()
+        for pool, jobs in ((self.rollouts, self._rolling), (self.rewards, self._scoring)):
+            for job in jobs.values():
+                if job.deadline < now:
+                    pool.lost(job.actor, "no answer in time")
+            pool.tick({job.actor for job in jobs.values()})
+            # Calls of actors that supervision gave up; those of dead ones may never end.
+            for ref in [ref for ref, job in jobs.items() if job.actor not in pool.names]:
+                self._reissue(jobs.pop(ref))
+        self._on_tick()
+
+    def _reissue(self, job: _Job) -> None:
+        if isinstance(job.payload[0], Request):
+            job.batch._units.appendleft(job.payload)
+        else:
+            self._unscored.appendleft((job.batch, job.payload))
+        self._count_busy()
+
+    def _request(self, batch: Batch, group_id: int) -> Request:
+        group = batch._open[group_id]
         sample, group.issued = group.issued, group.issued + 1
-        return Request(group_id, sample, group.problem.prompt_ids, sample_seed(self._owner._seed, group_id, sample))
+        return Request(group_id, sample, group.problem.prompt_ids, sample_seed(self._seed, group_id, sample))
+
+    def _send(self) -> None:
+        """Give actors what they have room for."""
+        self._send_rollouts()
+        self._send_scores()
 
     def _send_rollouts(self) -> None:
-        if self._again and not self._units:
-            self._units.append(self._again)
-            self._again = []
-        busy = {job.actor for job in self._rolling.values()}
-        for name, handle in self._rollouts.handles.items():
-            if self._units and name not in busy:
-                unit = self._units.popleft()
-                ref = handle.generate.remote(unit, self._decoding, self._owner.served.version)
-                self._rolling[ref] = _job(name, unit, self._limits.rollout_s)
+        handles = self.rollouts.handles
+        load: Counter[str] = Counter(dict.fromkeys(handles, 0))
+        for job in self._rolling.values():
+            load[job.actor] += len(job.payload)
+        for batch in self._batches:
+            if batch._again and not batch._units:
+                batch._units.append(batch._again)
+                batch._again = []
+            while batch._units and handles:
+                name = min(handles, key=lambda n: load[n])
+                if load[name] >= self._limits.in_flight:
+                    return
+                assert self._served is not None, "serve weights first"
+                unit = batch._units.popleft()
+                ref = handles[name].generate.remote(unit, batch.decoding, self._served.version)
+                self._rolling[ref] = _Job(batch, name, unit, time.monotonic() + self._limits.rollout_s)
+                load[name] += len(unit)
+                self._busy.setdefault(name, time.monotonic())
+
+    def _count_busy(self) -> None:
+        """Stop the clocks of actors without work."""
+        working = {job.actor for job in self._rolling.values()}
+        for name in [name for name in self._busy if name not in working]:
+            self._busy_s += time.monotonic() - self._busy.pop(name)
 
     def _take_rollout(self, ref: Any) -> None:
         job = self._rolling.pop(ref)
-        self._result.rollout_busy_s += time.monotonic() - job.started
+        self._count_busy()
         try:
             produced: list[tuple[Trajectory, str]] = ray.get(ref)
         except ray.exceptions.RayActorError as error:
-            self._owner._replace_rollout(job.actor, _first_line(error))
-            self._units.appendleft(job.payload)
+            self.rollouts.lost(job.actor, first_line(error))
+            self._reissue(job)
             return
         except ray.exceptions.RayTaskError as error:
             # The engine refused or broke on this unit; its samples are tried anew, a bounded number of times.
-            self._owner._on_event(f"{job.actor} failed on {len(job.payload)} samples: {_first_line(error.cause)}")
+            self._on_event(f"{job.actor} failed on {len(job.payload)} samples: {first_line(error)}")
             for request in job.payload:
-                self._retry(request.group_id)
+                self._retry(job.batch, request.group_id)
             return
-        wanted = [(t, text) for t, text in produced if t.group_id in self._open]
-        if wanted:
-            self._send_scores(wanted)
+        job.batch._rolled = time.monotonic()
+        for first in range(0, len(produced), _CHUNK):
+            self._unscored.append((job.batch, produced[first : first + _CHUNK]))
 
-    def _send_scores(self, payload: list[tuple[Trajectory, str]]) -> None:
-        load = Counter({name: 0 for name in self._rewards.handles})
-        load.update(job.actor for job in self._scoring.values())
-        name = min(load, key=lambda n: load[n])
-        items = [(text, self._open[t.group_id].problem.problem.answer) for t, text in payload]
-        ref = self._rewards.handles[name].score.remote(items)
-        self._scoring[ref] = _job(name, payload, self._limits.start_s + self._limits.reward_s * len(items))
+    def _send_scores(self) -> None:
+        handles = self.rewards.handles
+        load = Counter(dict.fromkeys(handles, 0))
+        for job in self._scoring.values():
+            load[job.actor] += len(job.payload)
+        while self._unscored and handles:
+            batch, produced = self._unscored.popleft()
+            payload = [(t, text) for t, text in produced if t.group_id in batch._open]
+            if not payload:
+                continue
+            name = min(handles, key=lambda n: load[n])
+            items = [(text, batch._open[t.group_id].problem.problem.answer) for t, text in payload]
+            limit = self._limits.start_s + self._limits.reward_s * len(payload)
+            ref = handles[name].score.remote(items)
+            self._scoring[ref] = _Job(batch, name, payload, time.monotonic() + limit)
+            load[name] += len(payload)
 
     def _take_score(self, ref: Any) -> None:
         job = self._scoring.pop(ref)
         try:
             results = ray.get(ref)
         except ray.exceptions.RayActorError as error:
-            self._owner._replace_reward(job.actor, _first_line(error))
-            self._send_scores([(t, text) for t, text in job.payload if t.group_id in self._open])
+            self.rewards.lost(job.actor, first_line(error))
+            self._reissue(job)
             return
+        batch = job.batch
         for (trajectory, text), result in zip(job.payload, results):
-            self._result.verdicts[str(result.verdict)] += 1
+            batch.found.verdicts[str(result.verdict)] += 1
             earned = result.verdict.reward
             if earned is None:
-                self._retry(trajectory.group_id)
-            elif trajectory.group_id in self._open:
+                self._retry(batch, trajectory.group_id)
+            elif trajectory.group_id in batch._open:
                 verdict = str(result.verdict)
-                if earned > 0 and trajectory.stop_reason == "length" and not self._owner._score_truncated:
+                if earned > 0 and trajectory.stop_reason == "length" and not self._score_truncated:
                     verdict, earned = "truncated", 0.0
-                self._accept(Sample(trajectory.validate(), text, verdict, earned))
+                self._accept(batch, Sample(trajectory.validate(), text, verdict, earned))
 
-    def _accept(self, sample: Sample) -> None:
+    def _accept(self, batch: Batch, sample: Sample) -> None:
         group_id = sample.trajectory.group_id
-        group = self._open[group_id]
+        group = batch._open[group_id]
         group.samples.append(sample)
         if len(group.samples) == group.size:
             ordered = sorted(group.samples, key=lambda s: s.trajectory.sample)
-            self._complete[group_id] = Group(group_id, group.problem.problem, tuple(ordered))
-            del self._open[group_id]
+            batch._complete[group_id] = Group(group_id, group.problem.problem, tuple(ordered))
+            self._end(batch, group_id)
 
-    def _retry(self, group_id: int) -> None:
+    def _retry(self, batch: Batch, group_id: int) -> None:
         """Ask for one more sample of an open group, or give the group up."""
-        group = self._open.get(group_id)
+        group = batch._open.get(group_id)
         if group is None:
             return
         if group.attempts_left == 0:
-            del self._open[group_id]
-            self._result.failed.append(group_id)
+            batch.found.failed.append(group_id)
+            self._end(batch, group_id)
             return
         group.attempts_left -= 1
-        self._result.retries += 1
-        self._again.append(self._request(group_id))
+        batch.found.retries += 1
+        batch._again.append(self._request(batch, group_id))
 
-    def _expire(self) -> None:
-        """Count actors that ran out of time as lost."""
-        now = time.monotonic()
-        for ref in [r for r, job in self._rolling.items() if job.deadline < now]:
-            job = self._rolling.pop(ref)
-            self._owner._replace_rollout(job.actor, f"no answer in {self._limits.rollout_s:g} s")
-            self._units.appendleft(job.payload)
-        for ref in [r for r, job in self._scoring.items() if job.deadline < now]:
-            job = self._scoring.pop(ref)
-            self._owner._replace_reward(job.actor, "no answer in time")
-            self._send_scores([(t, text) for t, text in job.payload if t.group_id in self._open])
-
-
-def _job(actor: str, payload: Sequence[Any], limit_s: float) -> _Job:
-    now = time.monotonic()
-    return _Job(actor, list(payload), now, now + limit_s)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    def _end(self, batch: Batch, group_id: int) -> None:
+        del batch._open[group_id]
+        if batch.done:
+            batch._close()
+            self._batches = [b for b in self._batches if b is not batch]
+            batch.when_done(batch)

@@ -38,7 +38,8 @@ class RunConfig(Section):
     seed: int = Field(20_11_14, ge=0)
     """Seed of problem order, sampling and training."""
     resume: Path | None = None
-    """Run folder to continue from its newest valid checkpoint; settings are taken from this command."""
+    """Run folder to continue from its newest valid checkpoint; settings are taken from this command. `auto`: the
+    folder run.dir/run.name if it holds a run, else a new one, so that the same command continues after any kill."""
     checkpoint_every: int = Field(20, ge=1)
     """Updates between checkpoints; every stage change writes one too."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -107,6 +108,9 @@ class RolloutConfig(Section):
     """Groups an update trains on."""
     group_size: int = Field(8, ge=2)
     """G, samples a problem."""
+    max_staleness: int = Field(0, ge=0)
+    """Largest distance in weight versions between a trained token and the learner. 0: rollouts and updates take
+    turns; n: batches are decoded up to n updates ahead, while the learner works."""
     refill: int = Field(0, ge=0)
     """Times an update samples further problems in place of groups that were filtered."""
     max_new_tokens: int = Field(96, ge=1)
@@ -142,7 +146,14 @@ class ActorsConfig(Section):
     timeout_s: float = Field(600, gt=0)
     """An actor that takes longer for one batch counts as failed."""
     max_restarts: int = Field(3, ge=0)
-    """Restarts of one actor before the run gives up."""
+    """Replacements of lost actors within an hour, for each wanted one, before the run gives up; of reward actors too.
+    """
+    probe_s: float = Field(10, gt=0)
+    """Seconds between health probes, and within which one has to be answered; of reward actors too."""
+    probe_failures: int = Field(6, ge=1)
+    """Probes in a row that an actor may leave unanswered before it is replaced."""
+    stall_s: float = Field(300, gt=0)
+    """An actor that holds work and makes no progress for so long is replaced."""
 
 
 class RewardConfig(Section):
@@ -375,7 +386,7 @@ class Config(Section):
             )
         level = self.learner.loss.correction.level
         for stage in self.curriculum.resolve():
-            if level != "none" and (stage.is_bridge or stage.shrink > 1):
+            if level not in ("auto", "none") and (stage.is_bridge or stage.shrink > 1):
                 raise ValueError(
                     f"learner.loss.correction.level={level}: in stage {stage.name} (rollout block "
                     f"{stage.rollout_block}, train block {stage.train_block}, shrink {stage.shrink}) recorded "

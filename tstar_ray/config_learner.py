@@ -13,8 +13,10 @@ from tstar_ray.config_base import Section
 class CorrectionConfig(Section):
     """Importance correction for the distance between the engine's recorded log-probs and the learner's."""
 
-    level: Literal["none", "token", "step", "sequence"] = "none"
-    """What the ratio pi_old / pi_recorded is a product over: one token, the tokens of a denoising step, all."""
+    level: Literal["auto", "none", "token", "step", "sequence"] = "auto"
+    """What the ratio pi_old / pi_recorded is a product over: one token, the tokens of a denoising step, all. `auto`:
+    one token where rollouts may be stale (rollout.max_staleness) and recorded log-probs are of the conditionals that
+    are trained (no bridge, shrink 1), else none."""
     mode: Literal["clip", "mask"] = "clip"
     """`clip`: weight by min(ratio, bound); `mask`: weight 1 inside [1 / bound, bound], else 0."""
     bound: float = Field(2.0, gt=1)
@@ -61,7 +63,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
-        if self.trace != "trace" and self.correction.level != "none":
+        if self.trace != "trace" and self.correction.level not in ("auto", "none"):
             raise ValueError(
                 f"correction.level={self.correction.level} needs loss.trace=trace: recorded log-probs belong to the "
                 f"decoding trace, not to {self.trace} masks"
@@ -124,7 +126,11 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     timeout_s: float = Field(1800, gt=0)
-    """A learner that takes longer for one update counts as failed."""
+    """A learner that takes longer for one update counts as lost."""
+    silent_s: float = Field(60, gt=0)
+    """A rank that gives no sign of life for so long counts as lost."""
+    max_restarts: int = Field(3, ge=0)
+    """Times that lost ranks are replaced, and the run continues from its newest checkpoint, before it ends."""
     replay: Path | None = None
     """Run one update on the trajectories of this Parquet file, print its report, and end: no actors, no run
     folder. With run.resume it starts from the newest checkpoint of that run."""

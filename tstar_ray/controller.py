@@ -1,61 +1,59 @@
 """The loop: rollouts, rewards, updates, weights, stages.
 
     while the curriculum runs
-        collect     groups of the stage's problems, decoded by weights v        waits for actors
+        dispatch    batches of the stage's problems, as many ahead as the window allows
+        consume     the oldest batch                                            waits for actors
         observe     collapsed? back to the stage's best weights
         update      TraceRL on the groups with contrast                         waits for the learner
-        publish     weights v+1; every actor proves them before it works        waits for actors
+        publish     weights v+1; every actor proves them before it works on     waits for actors
         step        gate open? next stage, with larger blocks
 
-Synchronous: a batch is decoded by the newest weights (staleness bound 0, asserted when it is consumed). What an
-asynchronous loop would replace is the `Collector` behind `collect`.
+Whatever it waits for, `Collector.wait` keeps rollouts, rewards and supervision going.
 
-Asserted on every batch: decoded by exactly the current weights (invariant 5), one block size and it is the
-stage's (invariant 11), every dispatched group ended once (invariant 6).
+**Fresh** (invariant 5). At most ``max_staleness + 1`` batches are in the window: a batch takes its place when it is
+dispatched, and leaves it when the weights of the update that consumed it are live (or it taught nothing). Batches are
+consumed in the order of dispatch. So between the dispatch of a batch and its consumption at most ``max_staleness``
+others are consumed, each of which raises the version by one at most; a batch is dispatched to actors that serve the
+newest weights, and actors only ever move to newer ones. Hence learner version - version of any token <=
+``max_staleness``, without dropping anything for its age (which would favour short, easy problems). With 0 rollouts
+and updates take turns. A roll-back publishes a version of its own, and cancels what is in the window first.
+
+Asserted on every batch: that bound, one block size and it is the stage's (invariant 11: a stage change cancels the
+window, and nothing is dispatched beyond a stage's last update), every dispatched group ends once (invariant 6).
+
+**A lost learner rank** takes the run back to its newest checkpoint, in place (`_recover`): weights, optimizer,
+curriculum, accounting and data go back together, so that no update is made twice and no group is lost.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.metrics import Metrics
 from learner.credit import is_trainable
-from learner.group import LearnerError, LearnerGroup
-from learner.report import UpdateReport, UpdateSpec, report_dict
+from learner.group import LearnerError, LearnerGroup, LearnerLostError
+from learner.report import UpdateReport, UpdateSpec
 from tstar_ray.checkpoint import newest_checkpoint, write_checkpoint
-from tstar_ray.collector import Collection, Collector
+from tstar_ray.collector import Batch, Collection, Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
 from tstar_ray.data import ProblemSets, ProblemStream, PromptedProblem
 from tstar_ray.decoding import Decoding
 from tstar_ray.evaluate import Evaluation, summarise
 from tstar_ray.ledger import Ledger
+from tstar_ray.record import DASHBOARD, accuracy, staleness, update_record
 from tstar_ray.reporter import Reporter
 from tstar_ray.traces import write_traces
-from tstar_ray.trajectory import Group, tokens_per_forward
+from tstar_ray.trajectory import Group
 
 REPLAY_TOLERANCE = 1e-3
 """Largest start-up replay error (nats) in fp32; the tests hold 1e-5, real models have more layers and terms."""
-
-
-_DASHBOARD = {
-    "accuracy": "rollout/accuracy",
-    "tokens_per_forward": "rollout/tpf",
-    "reward": "rollout/reward",
-    "kl": "learner/kl",
-    "rollout_idle": "idle/rollout",
-    "learner_idle": "idle/learner",
-    "publish_seconds": "seconds/publish",
-}
-"""Gauge of `cluster.metrics` -> number of an update's record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +68,18 @@ class Result:
     """Updates made."""
     stopped: bool
     """Ended early by a signal, at an update boundary, with a checkpoint."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A batch in the window."""
+
+    refills: int
+    """Times it may still be refilled."""
+    batch: Batch | None = None
+    """What the collector works on."""
+    positions: dict[int, int] = field(default_factory=dict)
+    """Group id -> position of its problem in the stream."""
 
 
 class Controller:
@@ -95,6 +105,7 @@ class Controller:
         self._curriculum = Curriculum(config.curriculum.resolve(), config.curriculum.rollback)
         self._ledger = Ledger()
         self._update = self._version = 0
+        self._window: deque[_Pending] = deque()
         self._before: list[Evaluation] = []
         self._best: Path | None = None
         self.stop_requested = False
@@ -102,16 +113,26 @@ class Controller:
 
     def run(self) -> Result:
         """Everything, from the start table to the end table."""
+        self._learner.wait = self._collector.wait
         if self._config.run.resume:
             self._resume(self._config.run.resume)
+        while True:
+            try:
+                return self._go_on()
+            except LearnerLostError as error:
+                self._recover(error)
+
+    def _go_on(self) -> Result:
+        """From where the state is, to the end."""
         self._publish()
-        if not self._update:
+        if not self._before:
             self._before = self._tables("start model")
             self._curriculum.state.reference = self._before[0].accuracy
             self._enter_stage()
+            self._checkpoint()
         while not self._curriculum.done and not self.stop_requested:
             self._iterate()
-        self._ledger.check()
+        self._cancel_window()
         if self.stop_requested:
             self._checkpoint()
             return Result(self._before, [], self._update, stopped=True)
@@ -122,58 +143,98 @@ class Controller:
     def _iterate(self) -> None:
         """One update."""
         start, stage = time.monotonic(), self._curriculum.stage
-        collection = self._collect(stage)
-        accuracy = _accuracy(collection.groups)
-        health = self._curriculum.observe(accuracy)
+        self._fill_window(stage)
+        collection = self._consume(stage)
+        health = self._curriculum.observe(accuracy(collection.groups))
         if health == "collapsed":
             self._roll_back(stage, collection)
             return
         if health == "best":
             self._keep_best(stage)
         trainable = self._settle(collection)
+        trained = self._version
         report = self._train(stage, trainable)
+        self._window.popleft()
         self._update += 1
+        if self._config.rollout.max_staleness:
+            self._fill_window(stage, ahead=1)
         evaluated = self._evaluate_during(stage)
-        self._record(stage, collection, trainable, report, start)
+        self._record(stage, collection, trainable, report, trained, start)
         if self._curriculum.step(evaluated):
             self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
+            self._cancel_window()
             self._checkpoint()
             if not self._curriculum.done:
                 self._enter_stage()
         elif self._update % self._config.run.checkpoint_every == 0:
             self._checkpoint()
 
-    def _collect(self, stage: Stage) -> Collection:
-        """Rollouts of one update; with `rollout.refill`, further rounds in place of groups that teach nothing.
+    def _fill_window(self, stage: Stage, *, ahead: int = 0) -> None:
+        """Dispatch batches up to the staleness bound and the stage's last update, ``ahead`` of whose count we are."""
+        left = stage.gate.updates - self._curriculum.state.step - ahead
+        while len(self._window) < min(left, self._config.rollout.max_staleness + 1):
+            pending = _Pending(refills=self._config.rollout.refill)
+            self._window.append(pending)
+            self._dispatch(stage, pending, self._config.rollout.problems)
 
-        Rounds are waited for whole, so that a refill does not favour problems with short answers.
-        """
+    def _dispatch(self, stage: Stage, pending: _Pending, count: int) -> None:
+        """Ask for groups of the next problems, as a new batch or into the pending one."""
         rollout = self._config.rollout
-        collection = self._collect_round(stage, rollout.problems)
-        for _ in range(rollout.refill):
-            trainable = sum(is_trainable(g, self._config.learner.loss) for g in collection.groups)
-            if trainable >= rollout.problems:
-                break
-            collection = collection.merged(self._collect_round(stage, rollout.problems - trainable))
+        problems: dict[int, PromptedProblem] = {}
+        for position in self._stream.take(count):
+            group_id = self._ledger.dispatch()
+            pending.positions[group_id] = position
+            problems[group_id] = self._stream.problem(position)
+        self._metrics.set("buffer_depth", self._ledger.depth)
+        pending.batch = self._collector.dispatch(
+            problems,
+            self._decoding(stage, stage.rollout_block, rollout.temperature),
+            group_size=rollout.group_size,
+            into=pending.batch,
+            when_done=lambda batch: self._refill(stage, pending),
+        )
+
+    def _refill(self, stage: Stage, pending: _Pending) -> None:
+        """Further problems in place of groups that teach nothing (`rollout.refill`).
+
+        Only once a batch is complete, so that a refill does not favour problems with short answers.
+        """
+        assert pending.batch is not None
+        useful = sum(is_trainable(g, self._config.learner.loss) for g in pending.batch.found.groups)
+        missing = self._config.rollout.problems - useful
+        if missing > 0 and pending.refills:
+            pending.refills -= 1
+            self._dispatch(stage, pending, missing)
+
+    def _consume(self, stage: Stage) -> Collection:
+        """Wait for the oldest batch; it stays in the window until what it teaches is live."""
+        batch = self._window[0].batch
+        assert batch is not None
+        self._reporter.phase(stage, "rollout")
+        with self._metrics.phase("rollout"):
+            collection = self._collector.finish(batch)
         if not collection.groups:
             raise RuntimeError(
                 f"all {len(collection.failed)} groups of update {self._update + 1} failed: no sample could be "
                 f"scored; verdicts {dict(collection.verdicts)}"
             )
+        bound = self._config.rollout.max_staleness
+        ages = staleness(collection.groups, self._version)
+        assert set(ages) <= set(range(bound + 1)), f"staleness {min(ages)} to {max(ages)}, the bound is {bound}"
+        blocks = {s.trajectory.block_size for g in collection.groups for s in g.samples}
+        assert blocks == {stage.rollout_block}, f"blocks {blocks} in a batch of stage {stage.name}"
         return collection
 
-    def _collect_round(self, stage: Stage, count: int) -> Collection:
-        rollout = self._config.rollout
-        problems = {self._ledger.dispatch(): p for p in self._stream.take(count)}
-        self._metrics.set("buffer_depth", self._ledger.depth)
-        self._reporter.phase(stage, "rollout")
-        decoding = self._decoding(stage, stage.rollout_block, rollout.temperature)
-        with self._metrics.phase("rollout"):
-            collection = self._collector.collect(problems, decoding, group_size=rollout.group_size)
-        for trajectory in (s.trajectory for g in collection.groups for s in g.samples):
-            assert (trajectory.weight_versions == self._version).all(), "stale trajectory in a synchronous batch"
-            assert trajectory.block_size == stage.rollout_block, "trajectory of another stage"
-        return collection
+    def _cancel_window(self) -> None:
+        """Give up every batch that is not consumed; its problems are taken again before any other."""
+        while self._window:
+            pending = self._window.popleft()
+            assert pending.batch is not None
+            self._collector.cancel(pending.batch)
+            for group_id in pending.positions:
+                self._ledger.end(group_id, "cancelled")
+            self._stream.give_back(pending.positions.values())
+        self._ledger.check()
 
     def _settle(self, collection: Collection) -> list[Group]:
         """End every group of the batch in the ledger; returns those to train on."""
@@ -196,6 +257,8 @@ class Controller:
         with self._metrics.phase("train"):
             try:
                 report = self._learner.update(groups, update_spec(self._config, stage), update=self._update)
+            except LearnerLostError:
+                raise
             except LearnerError as error:
                 kept = self._folder / "failed" / f"update-{self._update + 1:05d}.parquet"
                 write_traces(kept, groups)
@@ -225,17 +288,18 @@ class Controller:
         self._metrics.set("train_block_size", stage.train_block)
 
     def _keep_best(self, stage: Stage) -> None:
-        """Save the weights that produced the batch just collected; they are not yet trained on it."""
+        """Save the weights at hand, which the batch just consumed has not trained; those that decoded it are up to
+        ``max_staleness`` versions older."""
         self._best = self._folder / "best" / stage.name
         with self._metrics.phase("checkpoint"):
             self._learner.save(self._best)
 
     def _roll_back(self, stage: Stage, collection: Collection) -> None:
-        self._ledger.cancel_open()
+        self._cancel_window()
         assert self._best is not None, "a collapse is measured against a best that was saved"
         best = self._curriculum.state.best
         self._reporter.say(
-            f"  stage {stage.name} collapsed to accuracy {_accuracy(collection.groups):.3f} "
+            f"  stage {stage.name} collapsed to accuracy {accuracy(collection.groups):.3f} "
             f"(best window {best:.3f}); back to its best weights"
         )
         self._learner.load(self._best)
@@ -262,9 +326,11 @@ class Controller:
 
     def _evaluate(self, stage: Stage | None, block: int, count: int) -> tuple[Evaluation, list[Group]]:
         decoding = self._decoding(stage, block, self._config.eval.temperature)
-        problems: dict[int, PromptedProblem] = dict(enumerate(self._held_out[:count]))
+        # Ids below zero, apart from those of groups that are dispatched for training.
+        problems = {-1 - i: problem for i, problem in enumerate(self._held_out[:count])}
         with self._metrics.phase("evaluate"):
-            found = self._collector.collect(problems, decoding, group_size=1)
+            batch = self._collector.dispatch(problems, decoding, group_size=1, urgent=True)
+            found = self._collector.finish(batch)
         return summarise(found.groups, decoding, unscored=len(found.failed)), found.groups
 
     def _tables(self, label: str) -> list[Evaluation]:
@@ -301,44 +367,27 @@ class Controller:
         collection: Collection,
         trainable: Sequence[Group],
         report: UpdateReport | None,
+        version: int,
         start: float,
     ) -> None:
         """Numbers of one update to console, TensorBoard, JSONL, the Ray dashboard, and traces to Parquet."""
-        samples = [s for g in collection.groups for s in g.samples]
-        trajectories = [s.trajectory for s in samples]
-        wall = time.monotonic() - start
-        seconds = self._metrics.take_seconds()
-        actors = self._config.actors.count
-        record: dict[str, Any] = {
-            "rollout/accuracy": _accuracy(collection.groups),
-            "rollout/reward": float(np.mean([s.reward for s in samples])),
-            "rollout/tpf": tokens_per_forward(trajectories, commits=False),
-            "rollout/tpf_with_commits": tokens_per_forward(trajectories, commits=True),
-            "rollout/truncated": float(np.mean([t.stop_reason == "length" for t in trajectories])),
-            "rollout/mean_tokens": float(np.mean([t.completion_len for t in trajectories])),
-            "rollout/tokens_per_s": sum(t.completion_len for t in trajectories) / max(collection.rollout_s, 1e-9),
-            "groups/trained": len(trainable),
-            "groups/filtered": len(collection.groups) - len(trainable),
-            "groups/failed": len(collection.failed),
-            "groups/refilled": len(collection.groups) + len(collection.failed) - self._config.rollout.problems,
-            "groups/retried_samples": collection.retries,
-            "idle/rollout": 1 - collection.rollout_busy_s / (wall * actors),
-            "idle/learner": 1 - seconds.get("train", 0.0) / wall,
-            "seconds/update": wall,
-            **{f"verdict/{verdict}": count for verdict, count in collection.verdicts.items()},
-            **{f"seconds/{phase}": s for phase, s in seconds.items()},
-            "seconds/rollout": collection.rollout_s,
-            "seconds/reward": collection.reward_s,
-        }
-        for phase in ("train", "publish"):
-            record.setdefault(f"seconds/{phase}", 0.0)
-        if report:
-            record |= {f"learner/{k}": v for k, v in report_dict(report).items() if not math.isnan(v)}
+        record = update_record(
+            collection,
+            trainable,
+            report,
+            asked=self._config.rollout.problems,
+            version=version,
+            wall_s=time.monotonic() - start,
+            busy_s=self._collector.take_busy_seconds(),
+            actors=self._collector.rollouts.count,
+            seconds=self._metrics.take_seconds(),
+        )
         record |= {"stage/index": self._curriculum.state.stage, "stage/train_block": stage.train_block}
-        for gauge, name in _DASHBOARD.items():
+        for gauge, name in DASHBOARD.items():
             self._metrics.set(gauge, record.get(name, 0.0))
         for gauge, live in self._collector.live.items():
             self._metrics.set(gauge, live)
+        self._metrics.set("learner_restarts", self._learner.restarts)
         self._metrics.set("buffer_depth", self._ledger.depth)
         self._metrics.count_groups(self._ledger.ended)
         self._metrics.count_verdicts(collection.verdicts)
@@ -353,11 +402,14 @@ class Controller:
         return self._update - 1 + ahead
 
     def _checkpoint(self) -> None:
-        """Write a run checkpoint: manifest last, older ones deleted afterwards."""
+        """Write a run checkpoint: manifest last, older ones deleted afterwards. Batches in the window are not kept:
+        a run that resumes counts them as cancelled, and takes their problems first."""
+        waiting = [position for pending in self._window for position in pending.positions.values()]
         state = {
             "update": self._update,
             "version": self._version,
             "cursor": self._stream.cursor,
+            "returned": sorted([*self._stream.returned, *waiting]),
             "ledger": self._ledger.state_dict(),
             "curriculum": self._curriculum.state_dict(),
             "before": [e.to_dict() for e in self._before],
@@ -385,27 +437,46 @@ class Controller:
         self._learner.load(checkpoint.folder / "learner")
         self._ledger.load_state_dict(state["ledger"])
         self._update, self._version = state["update"], state["version"]
-        self._stream.cursor = state["cursor"]
+        self._stream.cursor, self._stream.returned = state["cursor"], state["returned"]
         self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
+        self._reporter.rewind(self._update)
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
+
+    def _recover(self, error: LearnerLostError) -> None:
+        """Build the learner anew, and take everything back to the newest checkpoint."""
+        limit = self._config.learner.max_restarts
+        if self._learner.restarts == limit:
+            raise LearnerError(
+                f"{error}\nthe learner was rebuilt {limit} times already (learner.max_restarts)"
+            ) from error
+        self._reporter.say(f"{error}; building the learner anew")
+        for pending in self._window:
+            assert pending.batch is not None
+            self._collector.cancel(pending.batch)
+        self._window.clear()
+        self._collector.cancel_urgent()
+        self._learner.restart(self._config.cluster.start_timeout_s)
+        version = self._version
+        if self._before:
+            self._resume(self._folder)
+        self._version = version + 1  # a number means one set of weights, in every process that serves them
 
 
 def update_spec(config: Config, stage: Stage) -> UpdateSpec:
     """How a stage trains."""
+    comparable = not stage.is_bridge and stage.shrink == 1 and config.learner.loss.trace == "trace"
+    level = config.learner.loss.correction.level
+    if level == "auto":
+        level = "token" if comparable and config.rollout.max_staleness else "none"
     return UpdateSpec(
         block_size=stage.train_block,
         shrink=stage.shrink,
         lr=stage.lr or config.learner.lr,
         length_norm=config.learner.loss.length_norm or config.rollout.max_new_tokens,
-        compare_recorded=not stage.is_bridge and stage.shrink == 1 and config.learner.loss.trace == "trace",
+        compare_recorded=comparable,
+        correction=level,
     )
 
 
 def _tuples(decoding: dict[str, Any]) -> dict[str, Any]:
     return decoding | {"stop_ids": tuple(decoding["stop_ids"])}
-
-
-def _accuracy(groups: Sequence[Group]) -> float:
-    """Share of correct samples."""
-    verdicts = [s.verdict == "correct" for g in groups for s in g.samples]
-    return float(np.mean(verdicts)) if verdicts else 0.0

@@ -160,20 +160,32 @@ def _read_hub(source: str, subset: str, split: str, setting: str) -> Iterable[di
 
 
 class ProblemStream:
-    """Endless problems in shuffled epochs; the cursor is all its state."""
+    """Endless problems in shuffled epochs. A problem is named by its position in the stream; the next new position
+    and those given back are all its state."""
 
-    def __init__(self, problems: Sequence[PromptedProblem], *, seed: int, cursor: int = 0) -> None:
-        self._problems, self._seed, self.cursor = problems, seed, cursor
+    def __init__(self, problems: Sequence[PromptedProblem], *, seed: int) -> None:
+        self._problems, self._seed = problems, seed
+        self.cursor = 0
+        """The next position that was never taken."""
+        self.returned: list[int] = []
+        """Positions that were taken and given back, ascending; they come first."""
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def take(self, count: int) -> list[PromptedProblem]:
-        """The next ``count`` problems."""
-        taken = []
-        for _ in range(count):
-            epoch, index = divmod(self.cursor, len(self._problems))
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._problems))
-            taken.append(self._problems[self._order[index]])
-            self.cursor += 1
-        return taken
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` positions."""
+        again, self.returned = self.returned[:count], self.returned[count:]
+        fresh = range(self.cursor, self.cursor + count - len(again))
+        self.cursor = fresh.stop
+        return [*again, *fresh]
+
+    def give_back(self, positions: Iterable[int]) -> None:
+        """Have these taken again before any other."""
+        self.returned = sorted([*self.returned, *positions])
+
+    def problem(self, position: int) -> PromptedProblem:
+        """What stands at a position."""
+        epoch, index = divmod(position, len(self._problems))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._problems))
+        return self._problems[self._order[index]]

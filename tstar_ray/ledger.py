@@ -41,22 +41,16 @@ class Ledger:
         self._open.remove(group_id)
         self.ended[outcome] += 1
 
-    def cancel_open(self) -> int:
-        """End whatever is still open as cancelled; returns how many."""
-        count = len(self._open)
-        for group_id in sorted(self._open):
-            self.end(group_id, "cancelled")
-        return count
-
     def check(self) -> None:
         """Assert that the counts add up."""
         assert self.dispatched == sum(self.ended.values()) + len(self._open), self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, taken while no group is open."""
-        return {"dispatched": self.dispatched, "ended": dict(self.ended)}
+        """For a checkpoint. Open groups do not outlive the process: they count as cancelled."""
+        return {"dispatched": self.dispatched, "ended": dict(self.ended + Counter(cancelled=self.depth))}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.dispatched, self.ended = saved["dispatched"], Counter(saved["ended"])
+        self.dispatched, self.ended = saved["dispatched"], Counter(dict.fromkeys(OUTCOMES, 0) | saved["ended"])
+        self._open.clear()
         self.check()

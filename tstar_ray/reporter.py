@@ -44,6 +44,7 @@ class Reporter:
 
     def __init__(self, folder: Path, *, total: int, console: Console | None = None) -> None:
         self.console = console or Console()
+        self._folder = folder
         self._writer = SummaryWriter(str(folder / "tensorboard"))
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._progress = Progress(
@@ -68,6 +69,23 @@ class Reporter:
         self._progress.stop()
         self._writer.close()
         self._metrics.close()
+
+    def rewind(self, update: int) -> None:
+        """Forget what was reported of later updates: they are made again."""
+        self._metrics.close()
+        path = self._folder / "metrics.jsonl"
+        # A kill may have cut the last line short.
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["update"] <= update]
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        unfinished.replace(path)
+        self._metrics = path.open("a", encoding="utf-8")
+        self._writer.close()
+        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=update + 1)
+        for file in (self._folder / "traces").glob("update-*.parquet"):
+            if int(file.stem.removeprefix("update-")) > update:
+                file.unlink()
 
     def say(self, text: str) -> None:
         """One line for the user."""

@@ -2,6 +2,7 @@
 
     python -m tstar_ray.run                                  the embedded run: B=4 to 16 on two CPU cores
     python -m tstar_ray.run --config configs/sdar_4b_gsm8k.yaml run.dir=/data/runs
+    python -m tstar_ray.run run.name=NAME run.resume=auto    again after any kill: the same command continues
     python -m tstar_ray.run curriculum.mode=direct actors.count=4 --print-config
     ray job submit --working-dir . -- python -m tstar_ray.run run.dir=/abs/path
 
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -56,17 +58,21 @@ def launch(config: Config) -> int:
     # Imported late, so that a mistake in the settings is answered at once.
     from cluster.session import ClusterError
     from learner.group import LearnerError
+    from tstar_ray.checkpoint import CheckpointError
     from tstar_ray.reporter import Reporter
 
     if config.learner.replay:
         return replay_update(config, config.learner.replay)
-    folder = prepare_folder(config)
+    folder, config = prepare_folder(config)
+    if (folder / "result.json").is_file():
+        print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
+        return 0
     total = sum(stage.gate.updates for stage in config.curriculum.resolve())
     with Reporter(folder, total=total) as reporter:
         reporter.say(f"run folder {folder}")
         try:
             result = _run(config, folder, reporter)
-        except (ConfigError, ClusterError, LearnerError) as error:
+        except (ConfigError, ClusterError, LearnerError, CheckpointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         if result.stopped:
@@ -120,25 +126,38 @@ def replay_update(config: Config, traces: Path) -> int:
     return 0
 
 
-def prepare_folder(config: Config) -> Path:
-    """Make the run folder, or take the one to resume; refuses one that holds another run."""
-    if config.run.resume:
-        folder = config.run.resume.resolve()
+def prepare_folder(config: Config) -> tuple[Path, Config]:
+    """Make the run folder, or take the one to resume; refuses one that holds another run.
+
+    Returns it with the configuration in which ``run.resume=auto`` has become the folder, or None for a new run.
+    """
+    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
+    folder, resume = (config.run.dir / name).resolve(), config.run.resume
+    started = (folder / "config.yaml").is_file()
+    if resume == Path("auto"):
+        if not config.run.name:
+            raise ConfigError("run.resume=auto needs run.name: the folder to look into is run.dir/run.name")
+        resume = folder if any(folder.glob("checkpoints/u*")) else None
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})})
+        if started and not resume:
+            # Ended before its first checkpoint: nothing to continue from.
+            for left in ("metrics.jsonl", "tensorboard", "traces", "status.json", "checkpoints"):
+                path = folder / left
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif resume:
+        folder = resume.resolve()
         if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"run.resume={config.run.resume}: no run folder (it has no config.yaml)")
-    else:
-        name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
-        folder = (config.run.dir / name).resolve()
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(
-                f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
-            )
+            raise ConfigError(f"run.resume={resume}: no run folder (it has no config.yaml)")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir}: cannot make {folder}: {error}") from error
     (folder / "config.yaml").write_text(config.to_yaml())
-    return folder
+    return folder, config
 
 
 def _run(config: Config, folder: Path, reporter: Any) -> Any:
@@ -168,7 +187,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
             f"{'private Ray cluster' if session.private else 'Ray cluster'}"
             + (f", dashboard {session.dashboard_url}" if session.dashboard_url else "")
         )
-        learner, collector = _start_actors(config, placement, stack, reporter)
+        learner, collector = _start_actors(config, folder, placement, stack, reporter)
         controller = Controller(
             config,
             folder,
@@ -185,17 +204,13 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
     return result
 
 
-def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
+def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
     """Learner ranks, rollout actors and reward actors, all ready within the start limit."""
     from actors.rollout import remote_class as rollout_class
-    from cluster.placement import wait_ready
-    from cluster.pool import ActorPool
     from cluster.weights import ObjectStoreTransport
     from reward.actor import remote_class as reward_class
-    from tstar_ray.collector import Collector, Limits
 
-    transport, start_s = ObjectStoreTransport(), config.cluster.start_timeout_s
-    rollout_actor, reward_actor = rollout_class(), reward_class()
+    transport, rollout_actor, reward_actor = ObjectStoreTransport(), rollout_class(), reward_class()
 
     def make_rollout(index: int, name: str) -> Any:
         return rollout_actor.options(name=name, **placement.rollout).remote(
@@ -212,29 +227,70 @@ def _start_actors(config: Config, placement: Any, stack: ExitStack, reporter: An
 
     reporter.phase(None, "starting actors")
     learner = _start_learner(config, placement, stack)
-    restarts = config.actors.max_restarts
-    rollouts = ActorPool("rollout", make_rollout, count=config.actors.count, max_restarts=restarts)
-    stack.callback(rollouts.stop)
-    rewards = ActorPool("reward", make_reward, count=config.reward.count, max_restarts=restarts)
-    stack.callback(rewards.stop)
-    ready = {name: handle.ready.remote() for pool in (rollouts, rewards) for name, handle in pool.handles.items()}
-    wait_ready(ready | learner.start(start_s), start_s, "actors")
+    return learner, start_rollouts(config, folder, learner, make_rollout, make_reward, stack, reporter)
+
+
+def start_rollouts(
+    config: Config,
+    folder: Path,
+    learner: Any,
+    make_rollout: Callable[[int, str], Any],
+    make_reward: Callable[[int, str], Any],
+    stack: ExitStack,
+    reporter: Any,
+) -> Any:
+    """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner are
+    ready; raises ClusterError past the start limit."""
+    from cluster.placement import wait_ready
+    from cluster.pool import ActorPool, Supervision
+    from cluster.scale import Desk
+    from tstar_ray.collector import Collector, Limits
+
+    actors, start_s = config.actors, config.cluster.start_timeout_s
+    supervision = Supervision(
+        start_s=start_s,
+        probe_s=actors.probe_s,
+        probe_failures=actors.probe_failures,
+        stall_s=actors.stall_s,
+        max_restarts=actors.max_restarts,
+    )
+
+    def pool(role: str, make: Callable[[int, str], Any], count: int, *, serves_weights: bool) -> ActorPool:
+        made = ActorPool(
+            role,
+            make,
+            count=count,
+            supervision=supervision,
+            serves_weights=serves_weights,
+            on_event=reporter.say,
+        )
+        stack.callback(made.stop)
+        return made
+
+    rollouts = pool("rollout", make_rollout, actors.count, serves_weights=True)
+    rewards = pool("reward", make_reward, config.reward.count, serves_weights=False)
+    wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
+    learner.places = wait_ready(learner.start(start_s), start_s, "learner")
+    ahead = config.rollout.max_staleness > 0
     limits = Limits(
-        rollout_s=config.actors.timeout_s,
+        rollout_s=actors.timeout_s,
         reward_s=config.reward.deadline_s,
         start_s=start_s,
         max_attempts=config.rollout.max_attempts,
+        # In turns: a unit for each actor. Ahead: smaller ones, so that the engine's slots stay filled.
+        in_flight=actors.max_batch if ahead else 1,
+        units=4 if ahead else 1,
     )
-    collector = Collector(
+    desk = Desk(folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places, reporter.say)
+    return Collector(
         rollouts,
         rewards,
-        transport,
         limits,
         seed=config.run.seed,
         score_truncated=config.reward.score_truncated,
         on_event=reporter.say,
+        on_tick=desk.tick,
     )
-    return learner, collector
 
 
 def _start_learner(config: Config, placement: Any, stack: ExitStack) -> Any:

@@ -1,0 +1,24 @@
+"""Where an actor runs: for logs, for people who look for a process, and for tests that end one."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One process of a run."""
+
+    name: str
+    """As shown on the Ray dashboard."""
+    node: str
+    """Host name."""
+    pid: int
+    """Process id there."""
+
+
+def here(name: str) -> Place:
+    """The calling process."""
+    return Place(name, platform.node(), os.getpid())
