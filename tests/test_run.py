@@ -256,6 +256,173 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_result(tmp_path):
         np.testing.assert_array_equal(parameter.detach().numpy(), dict(b.named_parameters())[name].detach().numpy())
 
 
+def start(folder, *settings, **more):
+    """A run in the background, with its output on a pipe."""
+    return subprocess.Popen(
+        command(folder, *settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=folder,
+        env=environment(**more),
+    )
+
+
+def read_until(job, reached):
+    """Lines up to the first one that ``reached`` accepts; fails if the run ends before."""
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if reached(line):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def row(update):
+    return lambda line: line.split()[:1] == [f"{update}/7"]
+
+
+SEVEN = [*SMALL, "curriculum.updates=[4,3]", "run.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Seven updates without any fault: what faulty runs have to end with, bit for bit."""
+    return run(tmp_path_factory.mktemp("straight"), *SEVEN)[0]
+
+
+def assert_same_end(folder, straight):
+    """Same evaluations, same accounting, same weights, every update reported once."""
+    assert [r["update"] for r in records(folder)] == list(range(1, 8)), "no update is lost or made twice"
+    after = [json.loads((f / "result.json").read_text())["after"] for f in (folder, straight)]
+    assert after[0] == after[1]
+    a, b = (load_checkpoint(f / "final").model for f in (folder, straight))
+    for name, parameter in a.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy(), dict(b.named_parameters())[name].detach().numpy())
+    ledgers = [newest_checkpoint(f / "checkpoints", refused=pytest.fail).state["ledger"] for f in (folder, straight)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_invariant_10_a_killed_driver_resumes_by_the_same_command_to_the_same_bits(tmp_path, straight):
+    """SIGKILL to the driver after an update that no checkpoint holds; with the newest checkpoint damaged as well."""
+    settings = [*SEVEN, "run.resume=auto"]
+    job = start(tmp_path, *settings, TSTAR_TEST_MARK=str(tmp_path))
+    read_until(job, row(5))
+    job.kill()
+    job.wait()
+    assert job.returncode == -signal.SIGKILL, "the fault really happened"
+    _no_process_left(str(tmp_path))
+    folder = tmp_path / "job"
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("u*"))
+    assert kept == ["u00002", "u00004"], "update 5 is in none of them"
+    damaged = next((folder / "checkpoints" / "u00004").rglob("*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    _, output = run(tmp_path, *settings)
+    assert f"{damaged.name} is damaged" in output
+    assert "after update 2" in output
+    assert_same_end(folder, straight)
+    versions = [
+        {int(v) for g in read_traces(p) for s in g.samples for v in s.trajectory.weight_versions}
+        for p in sorted((folder / "traces").glob("*.parquet"))
+    ]
+    assert all(len(found) == 1 for found in versions)
+    _, output = run(tmp_path, *settings, timeout=60)
+    assert "has ended already" in output
+
+
+def test_a_lost_learner_rank_takes_the_run_back_to_its_checkpoint_and_to_the_same_bits(tmp_path, straight):
+    """SIGKILL to the learner while a checkpoint is one update old."""
+    job = start(tmp_path, *SEVEN)
+    lines = read_until(job, row(3))
+    victim = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"]["learner-0"]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    output = "".join(lines) + job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert not Path(f"/proc/{victim}").exists(), "the fault really happened"
+    assert "building the learner anew" in output, "and the recovery ran"
+    assert "after update 2" in output
+    assert_same_end(tmp_path / "job", straight)
+
+
+def test_a_stopped_learner_rank_is_noticed_and_its_group_rebuilt(tmp_path):
+    """SIGSTOP to one of two ranks: the other waits in a collective."""
+    job = start(tmp_path, *SEVEN, "learner.ranks=2", "learner.silent_s=6", "curriculum.updates=[40,3]")
+    lines = read_until(job, lambda line: line.split()[:1] == ["2/43"])
+    actors = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"]
+    victim = actors["learner-1"]["pid"]
+    os.kill(victim, signal.SIGSTOP)
+    lines += read_until(job, lambda line: line.startswith("resumed "))
+    lines += read_until(job, lambda line: line.split()[:1] == ["4/43"])
+    assert not Path(f"/proc/{victim}").exists(), "it was really ended"
+    job.terminate()
+    output = "".join(lines) + job.communicate(timeout=120)[0]
+    assert job.returncode == 130, output
+    assert "rank 1 gave no sign of life" in output
+    again = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"]
+    assert {a["pid"] for a in again.values()}.isdisjoint(a["pid"] for a in actors.values()), "all ranks are new"
+
+
+def test_invariant_5_fresh_under_an_asynchronous_loop_with_faults(tmp_path):
+    """Batches decoded ahead, a rollout actor killed and another stopped, actors added: the bound and the books hold."""
+    settings = [
+        *SMALL,
+        "curriculum.updates=[8,6]",
+        "rollout.max_staleness=2",
+        "rollout.problems=12",
+        "rollout.refill=1",
+        "actors.max_batch=16",
+        "actors.probe_s=1",
+        "actors.probe_failures=3",
+        "run.checkpoint_every=3",
+        "eval.every=4",
+        "eval.problems_during=8",
+    ]
+    job = start(tmp_path, *settings)
+    folder = tmp_path / "job"
+
+    def pid(name):
+        return json.loads((folder / "status.json").read_text())["rollout"]["actors"][name]["pid"]
+
+    lines = read_until(job, lambda line: line.split()[:1] == ["2/14"])
+    killed = pid("rollout-0")
+    os.kill(killed, signal.SIGKILL)
+    lines += read_until(job, lambda line: line.split()[:1] == ["4/14"])
+    stopped = pid("rollout-1")
+    os.kill(stopped, signal.SIGSTOP)
+    scale = [sys.executable, "-m", "cluster.scale", str(folder), "--reward", "2", "--wait", "60"]
+    asked = subprocess.run(scale, capture_output=True, text=True, timeout=90, check=False, env=environment())
+    output = "".join(lines) + job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert "1 reward actors wanted so far, now 2" in output
+    assert "reward: 2 wanted" in asked.stdout
+    assert not Path(f"/proc/{killed}").exists()
+    assert not Path(f"/proc/{stopped}").exists()
+    for name in ("rollout-0", "rollout-1"):
+        assert f"{name} was lost" in output
+        assert f"{name}-r1 takes its place" in output
+    found = records(folder)
+    assert [r["update"] for r in found] == list(range(1, 15))
+    version, ages = 0, set()
+    for r in found:
+        groups = read_traces(folder / "traces" / f"update-{r['update']:05d}.parquet")
+        trajectories = [s.trajectory for g in groups for s in g.samples]
+        assert {t.block_size for t in trajectories} == {8 if r["stage"] == "b8" else 4}
+        age = [version - int(v) for t in trajectories for v in t.weight_versions]
+        assert 0 <= min(age) <= max(age) <= 2
+        assert r["rollout/staleness_max"] == max(age)
+        ages |= set(age)
+        version += "learner/loss" in r
+    assert max(ages) > 0, "some batch was decoded ahead"
+    ids = [g.group_id for p in sorted((folder / "traces").glob("*")) for g in read_traces(p)]
+    assert len(ids) == len(set(ids)), "no group is trained twice"
+    ledger = newest_checkpoint(folder / "checkpoints", refused=pytest.fail).state["ledger"]
+    assert ledger["dispatched"] == sum(ledger["ended"].values())
+    assert ledger["ended"]["trained"] == sum(r["groups/trained"] for r in found)
+    assert ledger["ended"]["filtered"] == sum(r["groups/filtered"] for r in found)
+    assert ledger["ended"]["cancelled"] == ledger["ended"]["failed"] == 0, "nothing is dispatched past a stage's end"
+
+
 def test_sigterm_leaves_no_process_behind(tmp_path):
     job = subprocess.Popen(
         command(tmp_path, *SMALL, "curriculum.updates=[50,50]"),
@@ -272,10 +439,14 @@ def test_sigterm_leaves_no_process_behind(tmp_path):
     job.terminate()
     job.communicate(timeout=120)
     assert job.returncode == 130
-    deadline = time.monotonic() + 30
-    while _marked(str(tmp_path)) and time.monotonic() < deadline:
+    _no_process_left(str(tmp_path))
+
+
+def _no_process_left(mark):
+    deadline = time.monotonic() + 60
+    while _marked(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not _marked(str(tmp_path))
+    assert not _marked(mark)
 
 
 def _marked(mark):

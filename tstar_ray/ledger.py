@@ -47,10 +47,11 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint. Open groups do not outlive the process: they count as cancelled."""
-        return {"dispatched": self.dispatched, "ended": dict(self.ended + Counter(cancelled=self.depth))}
+        ended = dict(self.ended) | {"cancelled": self.ended["cancelled"] + self.depth}
+        return {"dispatched": self.dispatched, "ended": ended}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.dispatched, self.ended = saved["dispatched"], Counter(dict.fromkeys(OUTCOMES, 0) | saved["ended"])
+        self.dispatched, self.ended = saved["dispatched"], Counter(saved["ended"])
         self._open.clear()
         self.check()

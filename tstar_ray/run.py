@@ -63,8 +63,9 @@ def launch(config: Config) -> int:
 
     if config.learner.replay:
         return replay_update(config, config.learner.replay)
+    auto = config.run.resume == Path("auto")
     folder, config = prepare_folder(config)
-    if (folder / "result.json").is_file():
+    if auto and (folder / "result.json").is_file():
         print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
         return 0
     total = sum(stage.gate.updates for stage in config.curriculum.resolve())
@@ -200,7 +201,8 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         )
         stack.enter_context(_Signals(controller, reporter.say))
         result = controller.run()
-    (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    if not result.stopped:
+        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 

@@ -13,6 +13,7 @@ import torch
 from reference import Changing, ChangingWithKeptCache, decode, plain_twin
 from synthetic import make_model, make_requests
 
+from actors.engine import CancelledError
 from actors.kv_cache import KVCache
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
@@ -128,6 +129,19 @@ def test_short_prompts_beyond_the_pass_limit_share_passes(model, twin):
     for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
         assert_equal(trajectory, request, twin, model, DYNAMIC)
     assert engine.stats.prefills == 2
+
+
+def test_cancelled_groups_fail_the_calls_that_wait_for_them_and_no_others(model, twin):
+    engine = TorchEngine(model, max_batch=3)
+    requests = make_requests([5, 9, 13, 17, 21])
+    streams = [engine.stream(requests[:3], NO_STOP), engine.stream(requests[3:], DYNAMIC)]
+    engine.cancel({0, 2, 99})
+    with pytest.raises(CancelledError, match="its group was cancelled"):
+        list(streams[0])
+    for trajectory in streams[1]:
+        assert_equal(trajectory, requests[trajectory.group_id], twin, model, DYNAMIC)
+    assert engine.stats.sequences in (2, 3), "the third of the first call may have been decoded before it failed"
+    engine.sleep()  # nothing is left behind
 
 
 def test_a_request_may_have_a_cap_of_its_own(model, twin):

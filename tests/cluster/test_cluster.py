@@ -9,6 +9,7 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -188,6 +189,57 @@ def test_a_killed_reward_actor_is_replaced_and_its_samples_are_scored_again(part
     found = collect(collector, ask(4, first=300), DECODING, group_size=2)
     assert rewards.restarts == 1, "the recovery ran"
     assert [len(g.samples) for g in found.groups] == [2] * 4
+
+
+def test_rollouts_go_on_while_something_else_is_waited_for_and_take_new_weights_in_flight(parts, start_weights):
+    """Two batches and an evaluation at once; weights change while they are decoded."""
+    collector = parts[0]
+    long = replace(DECODING, max_new_tokens=256, stop_ids=())
+    first = collector.dispatch(ask(8, first=400), long, group_size=4)
+    second = collector.dispatch(ask(12, first=410), long, group_size=4)
+    slow = ray.remote(lambda: time.sleep(1.0)).options(num_cpus=0).remote()
+    done, left = collector.wait([slow], timeout=30)
+    assert (done, left) == ([slow], [])
+    assert not first.done, "one second is not enough"
+    assert collector.rollouts.handles
+    collector.serve(ObjectStoreTransport().publish(start_weights * 1.001, 1))
+    urgent = collector.dispatch(ask(1, first=-1), DECODING, group_size=1, urgent=True)
+    assert [g.group_id for g in collector.finish(urgent).groups] == [-1]
+    assert not second.done, "an evaluation goes before what waits"
+    versions = [s.trajectory.weight_versions for g in collector.finish(first).groups for s in g.samples]
+    assert any(set(v) == {0, 1} for v in versions), "a sequence saw both"
+    assert all((np.diff(v) >= 0).all() for v in versions)
+    assert [g.group_id for g in collector.finish(second).groups] == list(range(410, 422))
+    assert collector.take_busy_seconds() > 1
+    collector.serve(ObjectStoreTransport().publish(start_weights, 2))
+
+
+def test_a_cancelled_batch_frees_its_actors_at_once(parts):
+    collector, rollouts, _, _ = parts
+    endless = replace(DECODING, max_new_tokens=4096, stop_ids=())
+    batch = collector.dispatch(ask(4, first=500), endless, group_size=8)
+    collector.wait([ray.remote(lambda: time.sleep(0.5)).options(num_cpus=0).remote()], timeout=30)
+    assert not batch.done
+    collector.cancel(batch)
+    start = time.monotonic()
+    found = collect(collector, ask(2, first=510), DECODING, group_size=2)
+    assert time.monotonic() - start < 20, "they would have decoded 32 x 4096 tokens"
+    assert [g.group_id for g in found.groups] == [510, 511]
+    assert not batch.found.groups
+    assert rollouts.handles.keys() == rollouts.names, "and no actor was lost over it"
+
+
+def test_a_batch_may_be_added_to_when_it_is_done(parts):
+    collector, asked = parts[0], []
+
+    def more(batch):
+        if not asked:
+            asked.append([g.group_id for g in batch.found.groups])
+            collector.dispatch(ask(1, first=610), DECODING, group_size=2, into=batch, when_done=more)
+
+    batch = collector.dispatch(ask(2, first=600), DECODING, group_size=2, when_done=more)
+    assert [g.group_id for g in collector.finish(batch).groups] == [600, 601, 610]
+    assert asked == [[600, 601]]
 
 
 def test_invariant_12_an_actor_that_cannot_be_placed_is_named_in_bounded_time(session):

@@ -332,14 +332,13 @@ def test_importance_correction_in_the_trainer():
 
 
 def _corrections():
-    found = {"none": make_trainer()}
-    for level in ("token", "step", "sequence"):
+    found = {}
+    for level in ("none", "token", "step", "sequence"):
         for mode in ("clip", "mask"):
-            found[f"{level}-{mode}"] = make_trainer(loss={"correction": {"level": level, "mode": mode}})
-    return {
-        name: dataclasses.asdict(trainer.update(make_groups(4), make_spec(), update=0))
-        for name, trainer in found.items()
-    }
+            trainer = make_trainer(loss={"correction": {"mode": mode}})
+            report = trainer.update(make_groups(4), make_spec(correction=level), update=0)
+            found["none" if level == "none" else f"{level}-{mode}"] = dataclasses.asdict(report)
+    return found
 
 
 @pytest.mark.parametrize("trace", ["random", "coupled"])
@@ -368,10 +367,10 @@ def _not_finite():
     logprobs = np.full_like(bad.trajectory.logprobs, np.nan)
     bad = dataclasses.replace(bad, trajectory=dataclasses.replace(bad.trajectory, logprobs=logprobs))
     groups[2] = dataclasses.replace(groups[2], samples=(groups[2].samples[0], bad, *groups[2].samples[2:]))
-    trainer = make_trainer(loss={"correction": {"level": "token"}})
+    trainer = make_trainer()
     before = trainer.flat_weights()
     with pytest.raises(UpdateError) as caught:
-        trainer.update(groups, make_spec(), update=0)
+        trainer.update(groups, make_spec(correction="token"), update=0)
     return str(caught.value), float((trainer.flat_weights() - before).abs().max())
 
 

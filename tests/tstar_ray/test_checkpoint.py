@@ -92,6 +92,16 @@ def test_invariant_9_a_writer_that_dies_leaves_the_older_ones_alone(tmp_path):
     assert newest_checkpoint(tmp_path, refused=pytest.fail).state == {"update": 2}
 
 
+def test_checkpoints_of_a_history_that_was_given_up_go_once_there_is_a_newer_one(tmp_path):
+    for update in (10, 20, 30, 40):
+        write(tmp_path, update, keep=4)
+    damage_content(tmp_path / "u00030")
+    damage_content(tmp_path / "u00040")
+    assert newest_checkpoint(tmp_path, refused=lambda _: None).state == {"update": 20}
+    write(tmp_path, 25, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["u00020", "u00025"], "the new one is not the one to go"
+
+
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         newest_checkpoint(tmp_path, refused=pytest.fail)

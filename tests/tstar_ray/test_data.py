@@ -126,14 +126,28 @@ def prompted(count):
 
 
 def test_stream_visits_every_problem_once_an_epoch_and_goes_on_from_its_cursor():
-    stream = ProblemStream(prompted(7), seed=3)
-    taken = [p.problem.id for p in stream.take(21)]
+    def take(stream, count):
+        return [stream.problem(position).problem.id for position in stream.take(count)]
+
+    taken = take(ProblemStream(prompted(7), seed=3), 21)
     for epoch in range(3):
         assert sorted(taken[7 * epoch : 7 * epoch + 7]) == [str(i) for i in range(7)]
     assert taken[:7] != taken[7:14], "epochs are shuffled differently"
-    resumed = ProblemStream(prompted(7), seed=3, cursor=5)
-    assert [p.problem.id for p in resumed.take(16)] == taken[5:]
-    assert [p.problem.id for p in ProblemStream(prompted(7), seed=4).take(7)] != taken[:7]
+    resumed = ProblemStream(prompted(7), seed=3)
+    resumed.cursor = 5
+    assert take(resumed, 16) == taken[5:]
+    assert take(ProblemStream(prompted(7), seed=4), 7) != taken[:7]
+
+
+def test_invariant_10_what_is_given_back_comes_first_and_nothing_is_taken_twice():
+    stream = ProblemStream(prompted(5), seed=3)
+    assert stream.take(8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    stream.give_back([6, 2])
+    stream.give_back([4])
+    assert stream.take(2) == [2, 4]
+    assert (stream.returned, stream.cursor) == ([6], 8)
+    assert stream.take(3) == [6, 8, 9]
+    assert [stream.problem(2), stream.problem(9)] == [stream.problem(2), stream.problem(9)], "in any order"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")

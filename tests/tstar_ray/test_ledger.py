@@ -19,7 +19,12 @@ def test_invariant_6_every_group_ends_exactly_once():
             open_groups.append(ledger.dispatch())
         ledger.check()
         assert ledger.depth == len(open_groups)
-    assert ledger.cancel_open() == len(open_groups)
+    saved = ledger.state_dict()
+    assert sum(saved["ended"].values()) == saved["dispatched"], "what is open does not outlive the process"
+    assert saved["ended"]["cancelled"] == ledger.ended["cancelled"] + len(open_groups)
+    for group in open_groups:
+        ledger.end(group, "cancelled")
+    assert ledger.state_dict() == saved
     assert sum(ledger.ended.values()) == ledger.dispatched
 
 
