@@ -32,7 +32,7 @@ class WeightSource(Protocol):
         """The flat buffer."""
 
 
-CALLS = 4
+CALLS = 32
 """Calls of `generate` that an actor takes at a time; the engine decodes them together."""
 
 

@@ -118,16 +118,16 @@ class LearnerGroup:
         threads: int,
         seed: int,
         weights: WeightSink,
-        name: Callable[[str], str],
+        rank_class: Any = LearnerRank,
     ) -> None:
-        """``options`` are Ray's for one rank; ``name`` makes a unique actor name of a readable one."""
+        """``options`` are Ray's for one rank; ``rank_class`` has the methods of `LearnerRank`."""
         import ray
 
         self._timeout_s, self._silent_s = learner.timeout_s, learner.silent_s
-        self._count, self._name = learner.ranks, name
-        ray.method(concurrency_group="health")(LearnerRank.alive)
+        self._count = learner.ranks
+        ray.method(concurrency_group="health")(rank_class.alive)
         health: Any = {"concurrency_groups": {"health": 1}}
-        actor: Any = ray.remote(**health)(LearnerRank)
+        actor: Any = ray.remote(**health)(rank_class)
 
         def make(rank: int, name: str) -> Any:
             return actor.options(name=name, **options).remote(
@@ -147,7 +147,7 @@ class LearnerGroup:
     def _make_ranks(self) -> None:
         suffix = f"-r{self.restarts}" if self.restarts else ""
         self._signs: dict[int, tuple[Any, float]] = {}
-        self.ranks = [self._make(rank, self._name(f"learner-{rank}{suffix}")) for rank in range(self._count)]
+        self.ranks = [self._make(rank, f"learner-{rank}{suffix}") for rank in range(self._count)]
 
     def start(self, timeout_s: float) -> dict[str, Any]:
         """Begin the rendezvous; returns a ref for each rank that resolves to its `Place` once it trains."""

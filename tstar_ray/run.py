@@ -306,7 +306,6 @@ def _start_learner(config: Config, placement: Any, stack: ExitStack) -> Any:
         threads=placement.learner_threads,
         seed=config.run.seed,
         weights=ObjectStoreTransport(),
-        name=lambda name: name,
     )
     stack.callback(learner.stop)
     return learner
