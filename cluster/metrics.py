@@ -14,7 +14,6 @@ Ray's counters cannot start at 0.
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +60,8 @@ class Metrics:
         for phase in PHASES:
             self._phase.set(0, {"phase": phase})
         self.count_groups(dict.fromkeys(OUTCOMES, 0))
-        self._verdict_totals = Tally(dict.fromkeys(VERDICTS, 0))
+        self.verdicts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
+        """Verifications of the whole run, by outcome."""
         self.count_verdicts({})
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -76,8 +76,9 @@ class Metrics:
 
     def count_verdicts(self, verdicts: Mapping[str, int]) -> None:
         """Add verifications of one collection."""
-        self._verdict_totals.update(verdicts)
-        for verdict, total in self._verdict_totals.items():
+        for verdict, count in verdicts.items():
+            self.verdicts[verdict] = self.verdicts.get(verdict, 0) + count
+        for verdict, total in self.verdicts.items():
             self._verdicts.set(total, {"verdict": verdict})
 
     @contextmanager

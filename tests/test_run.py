@@ -331,6 +331,28 @@ def test_invariant_10_a_killed_driver_resumes_by_the_same_command_to_the_same_bi
     assert "has ended already" in output
 
 
+def test_the_guard_against_collapse_goes_on_after_a_kill_as_if_there_was_none(tmp_path):
+    """A learning rate that ruins the policy: batches collapse, and go back to best weights from before the kill."""
+    settings = [*SMALL, "curriculum.updates=[6,1]", "learner.lr=0.02", "learner.warmup_updates=0", "run.resume=auto"]
+    settings += ["curriculum.rollback.window=1", "curriculum.rollback.limit=100"]
+    folder, output = run(tmp_path, *settings, "run.name=undisturbed")
+    rows = [line.split() for line in output.splitlines()]
+    assert sum("collapsed" in row for row in rows) >= 2
+    before = next(i for i, row in enumerate(rows) if "collapsed" in row)
+    update = int(rows[before - 1][0].split("/")[0])
+    job = start(tmp_path, *settings)
+    read_until(job, lambda line: line.split()[:1] == [f"{update}/7"])
+    job.kill()
+    job.wait()
+    _, again = run(tmp_path, *settings)
+    assert "\nresumed " in again
+    assert "collapsed" in again, "against a best that was measured before the kill"
+    other = folder.parent / "undisturbed"
+    assert [r["rollout/accuracy"] for r in records(tmp_path / "job")] == [r["rollout/accuracy"] for r in records(other)]
+    after = [json.loads((tmp_path / n / "result.json").read_text())["after"] for n in ("job", "undisturbed")]
+    assert after[0] == after[1]
+
+
 def test_a_lost_learner_rank_takes_the_run_back_to_its_checkpoint_and_to_the_same_bits(tmp_path, straight):
     """SIGKILL to the learner while a checkpoint is one update old."""
     job = start(tmp_path, *SEVEN)

@@ -130,7 +130,8 @@ class LearnerConfig(Section):
     silent_s: float = Field(60, gt=0)
     """A rank that gives no sign of life for so long counts as lost."""
     max_restarts: int = Field(3, ge=0)
-    """Times that lost ranks are replaced, and the run continues from its newest checkpoint, before it ends."""
+    """Times within an hour that lost ranks are replaced, and the run continues from its newest checkpoint, before it
+    gives up."""
     replay: Path | None = None
     """Run one update on the trajectories of this Parquet file, print its report, and end: no actors, no run
     folder. With run.resume it starts from the newest checkpoint of that run."""

@@ -28,6 +28,7 @@ curriculum, accounting and data go back together, so that no update is made twic
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ from cluster.metrics import Metrics
 from learner.credit import is_trainable
 from learner.group import LearnerError, LearnerGroup, LearnerLostError
 from learner.report import UpdateReport, UpdateSpec
-from tstar_ray.checkpoint import newest_checkpoint, write_checkpoint
+from tstar_ray.checkpoint import link_tree, newest_checkpoint, write_checkpoint
 from tstar_ray.collector import Batch, Collection, Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
@@ -108,6 +109,7 @@ class Controller:
         self._window: deque[_Pending] = deque()
         self._before: list[Evaluation] = []
         self._best: Path | None = None
+        self._losses: list[float] = []
         self.stop_requested = False
         """Set by a signal handler: stop at the next update boundary."""
 
@@ -163,9 +165,9 @@ class Controller:
         if self._curriculum.step(evaluated):
             self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
             self._cancel_window()
-            self._checkpoint()
             if not self._curriculum.done:
                 self._enter_stage()
+            self._checkpoint()
         elif self._update % self._config.run.checkpoint_every == 0:
             self._checkpoint()
 
@@ -277,6 +279,7 @@ class Controller:
     def _enter_stage(self) -> None:
         stage = self._curriculum.stage
         self._best = None
+        shutil.rmtree(self._folder / "best", ignore_errors=True)
         self._learner.start_stage(reset_optimizer=stage.reset_optimizer)
         self._reporter.say(
             f"stage {stage.name}: rollout block {stage.rollout_block}, train block {stage.train_block}, "
@@ -290,9 +293,13 @@ class Controller:
     def _keep_best(self, stage: Stage) -> None:
         """Save the weights at hand, which the batch just consumed has not trained; those that decoded it are up to
         ``max_staleness`` versions older."""
-        self._best = self._folder / "best" / stage.name
+        # Never over the one before: checkpoints may share its files.
+        previous, self._best = self._best, self._folder / "best" / f"{stage.name}-u{self._update:05d}"
         with self._metrics.phase("checkpoint"):
+            shutil.rmtree(self._best, ignore_errors=True)
             self._learner.save(self._best)
+        if previous and previous != self._best:
+            shutil.rmtree(previous)
 
     def _roll_back(self, stage: Stage, collection: Collection) -> None:
         self._cancel_window()
@@ -382,7 +389,11 @@ class Controller:
             actors=self._collector.rollouts.count,
             seconds=self._metrics.take_seconds(),
         )
-        record |= {"stage/index": self._curriculum.state.stage, "stage/train_block": stage.train_block}
+        record |= {
+            "stage/index": self._curriculum.state.stage,
+            "stage/rollout_block": stage.rollout_block,
+            "stage/train_block": stage.train_block,
+        }
         for gauge, name in DASHBOARD.items():
             self._metrics.set(gauge, record.get(name, 0.0))
         for gauge, live in self._collector.live.items():
@@ -413,13 +424,20 @@ class Controller:
             "ledger": self._ledger.state_dict(),
             "curriculum": self._curriculum.state_dict(),
             "before": [e.to_dict() for e in self._before],
+            "verdicts": self._metrics.verdicts,
         }
+
+        def fill(folder: Path) -> None:
+            self._learner.save(folder / "learner")
+            if self._best and self._curriculum.state.best >= 0:
+                link_tree(self._best, folder / "best")
+
         with self._metrics.phase("checkpoint"):
             path = write_checkpoint(
                 self._folder / "checkpoints",
                 self._update,
                 json.loads(json.dumps(state)),
-                lambda folder: self._learner.save(folder / "learner"),
+                fill,
                 keep=self._config.run.keep_checkpoints,
             )
         self._reporter.phase(None, f"wrote {path.name}")
@@ -431,11 +449,14 @@ class Controller:
             self._curriculum.load_state_dict(state["curriculum"])
         except ValueError as error:
             raise ConfigError(f"{checkpoint.folder}: {error}") from error
-        # The best weights of the stage are not in the checkpoint: the collapse guard starts over.
-        self._curriculum.state.best = -1.0
-        self._curriculum.state.accuracies.clear()
+        shutil.rmtree(self._folder / "best", ignore_errors=True)
+        self._best = None
+        if (checkpoint.folder / "best").is_dir():
+            self._best = self._folder / "best" / f"resumed-u{state['update']:05d}"
+            link_tree(checkpoint.folder / "best", self._best)
         self._learner.load(checkpoint.folder / "learner")
         self._ledger.load_state_dict(state["ledger"])
+        self._metrics.verdicts = state["verdicts"]
         self._update, self._version = state["update"], state["version"]
         self._stream.cursor, self._stream.returned = state["cursor"], state["returned"]
         self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
@@ -444,10 +465,11 @@ class Controller:
 
     def _recover(self, error: LearnerLostError) -> None:
         """Build the learner anew, and take everything back to the newest checkpoint."""
-        limit = self._config.learner.max_restarts
-        if self._learner.restarts == limit:
+        limit, now = self._config.learner.max_restarts, time.monotonic()
+        self._losses = [at for at in self._losses if now - at < 3600] + [now]
+        if len(self._losses) > limit:
             raise LearnerError(
-                f"{error}\nthe learner was rebuilt {limit} times already (learner.max_restarts)"
+                f"{error}\nthe learner was rebuilt {limit} times within an hour already (learner.max_restarts)"
             ) from error
         self._reporter.say(f"{error}; building the learner anew")
         for pending in self._window:

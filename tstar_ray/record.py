@@ -61,6 +61,7 @@ def update_record(
         "rollout/truncated": float(np.mean([t.stop_reason == "length" for t in trajectories])),
         "rollout/mean_tokens": float(np.mean([t.completion_len for t in trajectories])),
         "rollout/tokens_per_s": sum(t.completion_len for t in trajectories) / max(collection.rollout_s, 1e-9),
+        "weights/version": version,
         "rollout/staleness_max": max(age),
         "rollout/staleness_mean": float(np.mean(age)),
         "rollout/stale_cache": float(np.mean([t.stale_cache for t in trajectories])),

@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 
-from tstar_ray.checkpoint import MANIFEST, CheckpointError, newest_checkpoint, read_checkpoint, write_checkpoint
+from tstar_ray.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    link_tree,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 
 def fill(folder):
@@ -109,3 +116,23 @@ def test_nothing_to_resume_from(tmp_path):
     shutil.rmtree(tmp_path / "u00001" / "learner")
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         newest_checkpoint(tmp_path, refused=lambda _: None)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_linked_folder_outlives_its_source_and_replaces_an_older_one(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*_):
+            raise OSError("this file system has no hard links")
+
+        monkeypatch.setattr("os.link", refuse)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    fill(source)
+    target.mkdir()
+    (target / "older").write_text("x")
+    link_tree(source, target)
+    assert ((source / "optimizer.bin").stat().st_ino == (target / "optimizer.bin").stat().st_ino) is links
+    shutil.rmtree(source)
+    assert sorted(p.name for p in target.rglob("*")) == ["learner", "optimizer.bin", "weights.bin"]
+    assert (target / "learner" / "weights.bin").read_bytes() == b"weights" * 1000
