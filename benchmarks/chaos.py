@@ -1,6 +1,6 @@
 """Break a real run on purpose, and see that it loses nothing and learns all the same; prints JSON.
 
-    python -m benchmarks.chaos [--faults 200] [--updates 60 40] [--seed 0] [--staleness 2] [--out FILE]
+    python -m benchmarks.chaos [--faults 200] [--updates 20 30] [--seed 0] [--staleness 2] [--out FILE]
 
     undisturbed run ──► accuracy that there is to gain
     same run, on a Ray cluster of three (simulated) nodes ◄── faults: SIGKILL, SIGSTOP to rollout and reward actors,
@@ -40,7 +40,7 @@ from benchmarks.simulated_cluster import Nodes
 from cluster.scale import read_status
 
 NODE_CPUS, NODES = 2, 2
-RANKS, VERIFIERS = 1, 2
+RANKS, VERIFIERS = 2, 2
 _OVERLAP, _GAP_S, _STUCK_S = 2, 4.0, 240.0
 _GAIN = 0.5
 """Share of the undisturbed run's gain in held-out accuracy that the disturbed one has to reach as well; the two
@@ -50,7 +50,7 @@ differ by chance, since faults change which samples are drawn."""
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--updates", type=int, nargs="+", default=[60, 40], help="of stages B=4 and B=8")
+    parser.add_argument("--updates", type=int, nargs="+", default=[20, 30], help="of stages B=4 and B=8")
     parser.add_argument("--staleness", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="more settings of the run")
