@@ -1,6 +1,6 @@
 """The books of a run, checked from what it left on disk alone: nothing lost, nothing twice, nothing too old.
 
-    metrics.jsonl, traces/*.parquet, the last checkpoint ──► Audit        (AssertionError where they do not add up)
+metrics.jsonl, traces/*.parquet, the last checkpoint ──► Audit        (AssertionError where they do not add up)
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def audit(folder: Path) -> Audit:
     state = newest_checkpoint(folder / "checkpoints", refused=_refuse).state
     ended, dispatched = state["ledger"]["ended"], state["ledger"]["dispatched"]
     assert dispatched == sum(ended.values()), f"{dispatched} groups dispatched, ended {ended}"
-    assert ended["trained"] == sum(r["groups/trained"] for r in records)
-    assert ended["filtered"] == sum(r["groups/filtered"] for r in records)
-    assert ended["trained"] + ended["filtered"] == len(ids)
+    for outcome in ("trained", "filtered", "failed"):
+        recorded = sum(r[f"groups/{outcome}"] for r in records)
+        assert ended[outcome] == recorded, f"{recorded} groups recorded as {outcome}, the books say {ended[outcome]}"
+    assert ended["trained"] + ended["filtered"] == len(ids), f"{len(ids)} groups in the traces, ended {ended}"
     _check_problems(config, state, problems, failed=ended["failed"])
     verdicts: Counter[str] = Counter()
     for record in records:
