@@ -6,9 +6,10 @@ Ray exports them as ``ray_tstar_*`` on every node's metrics port; in Prometheus 
     ray_tstar_accuracy{run="NAME"}                        rollout accuracy of the last update
     delta(ray_tstar_verdicts{run="NAME"}[5m])             verifier outcomes
     ray_tstar_groups{run="NAME", outcome="failed"}        groups that no sample could be scored for
+    deriv(ray_tstar_actor_tokens{run="NAME"}[5m])         tokens a second of each actor
 
-Every series is there from the start with 0, so that no selector meets a missing one; totals are gauges, because
-Ray's counters cannot start at 0.
+``cluster/grafana`` has a dashboard of all of them. Every series but those of actors is there from the start with 0,
+so that no selector meets a missing one; totals are gauges, because Ray's counters cannot start at 0.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Metrics:
         self._phase = Gauge("tstar_phase", "1 for what the loop is doing", ("run", "phase"))
         self._groups = Gauge("tstar_groups", "groups by how they ended", ("run", "outcome"))
         self._verdicts = Gauge("tstar_verdicts", "verifications by outcome", ("run", "verdict"))
-        for metric in (*self._gauges.values(), self._phase, self._groups, self._verdicts):
+        self._tokens = Gauge("tstar_actor_tokens", "completion tokens decoded by each actor", ("run", "actor"))
+        for metric in (*self._gauges.values(), self._phase, self._groups, self._verdicts, self._tokens):
             metric.set_default_tags(tags)
         for name in GAUGES:
             self.set(name, 0)
@@ -80,6 +82,11 @@ class Metrics:
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + count
         for verdict, total in self.verdicts.items():
             self._verdicts.set(total, {"verdict": verdict})
+
+    def count_tokens(self, tokens: Mapping[str, int]) -> None:
+        """Completion tokens of each actor so far."""
+        for actor, total in tokens.items():
+            self._tokens.set(total, {"actor": actor})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

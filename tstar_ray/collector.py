@@ -156,6 +156,8 @@ class Collector:
         self._scoring: dict[Any, _Job] = {}
         self._unscored: deque[tuple[Batch, list[tuple[Trajectory, str]]]] = deque()
         self._ticked = 0.0
+        self.tokens: Counter[str] = Counter()
+        """Completion tokens so far, by rollout actor."""
         self._busy: dict[str, float] = {}
         self._busy_s = 0.0
 
@@ -339,6 +341,7 @@ class Collector:
                 self._retry(job.batch, request.group_id)
             return
         job.batch._rolled = time.monotonic()
+        self.tokens[job.actor] += sum(trajectory.completion_len for trajectory, _ in produced)
         for first in range(0, len(produced), _CHUNK):
             self._unscored.append((job.batch, produced[first : first + _CHUNK]))
 

@@ -402,6 +402,7 @@ class Controller:
         self._metrics.set("buffer_depth", self._ledger.depth)
         self._metrics.count_groups(self._ledger.ended)
         self._metrics.count_verdicts(collection.verdicts)
+        self._metrics.count_tokens(self._collector.tokens)
         self._reporter.update(self._update, self._update_total(), stage, record)
         if self._config.run.save_traces:
             write_traces(self._folder / "traces" / f"update-{self._update:05d}.parquet", collection.groups)

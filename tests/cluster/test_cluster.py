@@ -1,11 +1,9 @@
-"""Cluster parts on a real private Ray: weights that must be proven, lost actors, foreign clusters, metrics."""
+"""Cluster parts on a real private Ray: weights that must be proven, lost actors, foreign clusters."""
 
 import os
-import re
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import ray
 import torch
 
 from actors.rollout import remote_class as rollout_class
-from cluster.metrics import GAUGES, OUTCOMES, PHASES, VERDICTS, Metrics
 from cluster.placement import wait_ready
 from cluster.pool import ActorPool, Supervision
 from cluster.session import ClusterError, connect
@@ -259,46 +256,6 @@ def test_an_actors_own_message_reaches_the_user(session):
     )
     with pytest.raises(ClusterError, match=r"rollout-0 did not start: .*no readable config.json there"):
         wait_ready({"rollout-0": actor.ready.remote()}, 60, "actors")
-
-
-def test_every_metric_is_on_the_endpoint_from_the_start(session):
-    metrics = Metrics(run="scrape")
-    with metrics.phase("train"):
-        metrics.set("accuracy", 0.25)
-    metrics.count_groups({"trained": 3})
-    metrics.count_verdicts({"correct": 5})
-    port = ray.nodes()[0]["MetricsExportPort"]
-    host = ray.nodes()[0]["NodeManagerAddress"]
-    series = [f"ray_tstar_{name}" for name in GAUGES]
-    deadline = time.monotonic() + 40
-    text = ""
-    while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        if "ray_tstar_verdicts" in text and re.search(r'ray_tstar_accuracy\{[^}]*run="scrape"[^}]*\} 0.25', text):
-            break
-        time.sleep(1)
-
-    def value(name, **tags):
-        for line in text.splitlines():
-            if (
-                line.startswith(name + "{")
-                and 'run="scrape"' in line
-                and all(f'{k}="{v}"' in line for k, v in tags.items())
-            ):
-                return float(line.rsplit(" ", 1)[1])
-        return None
-
-    assert [s for s in series if value(s) is None] == []
-    assert {p: value("ray_tstar_phase", phase=p) for p in PHASES} == dict.fromkeys(PHASES, 0.0)
-    assert {o: value("ray_tstar_groups", outcome=o) for o in OUTCOMES} == dict.fromkeys(OUTCOMES, 0.0) | {
-        "trained": 3.0
-    }
-    assert {v: value("ray_tstar_verdicts", verdict=v) for v in VERDICTS} == dict.fromkeys(VERDICTS, 0.0) | {
-        "correct": 5.0
-    }
-    assert metrics.take_seconds()["train"] >= 0
-    assert metrics.take_seconds() == {}
 
 
 FOREIGN = """
