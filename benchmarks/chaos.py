@@ -1,6 +1,6 @@
 """Break a real run on purpose, and see that it loses nothing and learns all the same; prints JSON.
 
-    python -m benchmarks.chaos [--faults 200] [--updates 20 30] [--seed 0] [--staleness 2] [--out FILE]
+    python -m benchmarks.chaos [--faults 200] [--updates 30 40] [--seed 0] [--staleness 2] [--out FILE]
 
     undisturbed run ──► accuracy that there is to gain
     same run, on a Ray cluster of three (simulated) nodes ◄── faults: SIGKILL, SIGSTOP to rollout and reward actors,
@@ -8,9 +8,9 @@
       ▼
     faults happened? recovery ran? no group lost or trained twice? staleness within its bound? as much learned?
 
-Fault number i of n becomes due when i/n of the updates are made, and strikes after a further moment drawn from the
-seed: whatever the loop does just then. Two faults may overlap; a third waits until one of them is mended, so that
-there is progress. A run that ends with an error, does not move on, or whose books do not add up is a failure: exit
+Fault number i of n becomes due when i/n of the updates are made, so that there is progress whatever happens, and
+strikes after a further moment drawn from the seed: whatever the loop does just then, and whether or not earlier ones
+are mended. A run that ends with an error, does not move on, or whose books do not add up is a failure: exit
 code 1, with what happened. ``--no-baseline`` leaves out the undisturbed run, and learning is not compared.
 """
 
@@ -41,7 +41,7 @@ from cluster.scale import read_status
 
 NODE_CPUS, NODES = 2, 2
 RANKS, VERIFIERS = 2, 2
-_OVERLAP, _GAP_S, _STUCK_S = 2, 4.0, 240.0
+_GAP_S, _STUCK_S = 2.0, 240.0
 _GAIN = 0.5
 """Share of the undisturbed run's gain in held-out accuracy that the disturbed one has to reach as well; the two
 differ by chance, since faults change which samples are drawn."""
@@ -50,7 +50,7 @@ differ by chance, since faults change which samples are drawn."""
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--updates", type=int, nargs="+", default=[20, 30], help="of stages B=4 and B=8")
+    parser.add_argument("--updates", type=int, nargs="+", default=[30, 40], help="of stages B=4 and B=8")
     parser.add_argument("--staleness", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="more settings of the run")
@@ -151,8 +151,6 @@ class Chaos:
         number = len(self._faults)
         if number == len(self._kinds) or time.monotonic() < self._earliest:
             return False
-        if sum(fault.recovered_s is None for fault in self._faults) >= _OVERLAP:
-            return False
         # The last ones come early enough to be mended before the run ends.
         return self._made >= 1 + (self._updates - 4) * number / len(self._kinds)
 
@@ -177,7 +175,7 @@ class Chaos:
         except OSError:
             return None
         assert self._driver is not None
-        if role == "driver":
+        if role == "driver":  # not one that has just started and is not known to serve
             found = [self._driver.pid] if self._driver.pid in found else []
         if not found:
             return None
@@ -259,6 +257,7 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
         "actors.probe_failures=6",
         "actors.stall_s=30",
         "actors.max_restarts=1000",
+        "actors.backoff_s=0.05",
         f"reward.workers={VERIFIERS}",
         "reward.deadline_s=5",
         "reward.cpus=0.5",

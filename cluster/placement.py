@@ -1,8 +1,9 @@
 """What each actor gets of the cluster, decided before any of them is asked for.
 
-GPUs are exact: asking for more than there are is an error at once, where Ray would wait for ever. CPU shares
-give way: on a laptop with two cores, two rollout actors, a verifier and a learner share them, because in the
-synchronous loop they work one after the other.
+GPUs are exact: asking for more than there are is an error at once, where Ray would wait for ever, unless nodes may
+join for them (``cluster.autoscaling``). CPU shares give way: on a laptop with two cores, two rollout actors, a
+verifier and a learner share them, because in the synchronous loop they work one after the other. Node labels
+(``actors.labels`` and so on) say which kind of node an actor goes to, e.g. its type of GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from tstar_ray.config import Config
 class Placement:
     """Ray options and thread counts."""
 
-    rollout: dict[str, float]
+    rollout: dict[str, Any]
     """Of one rollout actor."""
-    reward: dict[str, float]
+    reward: dict[str, Any]
     """Of one reward actor."""
-    learner: dict[str, float]
+    learner: dict[str, Any]
     """Of one learner rank."""
     rollout_threads: int
     """Compute threads of a rollout actor on CPU."""
@@ -39,18 +40,18 @@ def plan(config: Config, resources: Mapping[str, float]) -> Placement:
     actors, reward, learner = config.actors, config.reward, config.learner
     gpus = actors.count * actors.gpus + learner.ranks * learner.gpus
     have_gpus = resources.get("GPU", 0.0)
-    if gpus > have_gpus:
+    if gpus > have_gpus and not config.cluster.autoscaling:
         raise ClusterError(
             f"{gpus:g} GPUs asked ({actors.count} rollout actors x actors.gpus={actors.gpus:g} + {learner.ranks} "
             f"learner ranks x learner.gpus={learner.gpus:g}), the cluster has {have_gpus:g}; lower one of them, "
-            "or join a larger cluster with cluster.address"
+            "join a larger cluster with cluster.address, or set cluster.autoscaling=true if nodes join on demand"
         )
     cpus = actors.count * actors.cpus + reward.count * reward.cpus + learner.ranks * learner.cpus
     have_cpus = resources.get("CPU", 0.0)
     if have_cpus <= 0:
         raise ClusterError("the cluster has no CPU resource to place actors on")
     share, notes = 1.0, []
-    if cpus > have_cpus:
+    if cpus > have_cpus and not config.cluster.autoscaling:
         if gpus:
             raise ClusterError(
                 f"{cpus:g} CPU cores asked, the cluster has {have_cpus:g}; lower actors.cpus, reward.cpus or "
@@ -61,13 +62,14 @@ def plan(config: Config, resources: Mapping[str, float]) -> Placement:
         notes.append(f"{cpus:g} CPU cores asked, {have_cpus:g} there: every actor gets {share:.0%} of its share")
     cores = int(max(1, have_cpus))
 
-    def options(cpus: float, gpus: float) -> dict[str, float]:
-        return {"num_cpus": int(cpus * share * 1e4) / 1e4, "num_gpus": gpus}
+    def options(cpus: float, gpus: float, labels: Mapping[str, str]) -> dict[str, Any]:
+        fitted: dict[str, Any] = {"num_cpus": int(cpus * share * 1e4) / 1e4, "num_gpus": gpus}
+        return fitted | ({"label_selector": dict(labels)} if labels else {})
 
     return Placement(
-        rollout=options(actors.cpus, actors.gpus),
-        reward=options(reward.cpus, 0),
-        learner=options(learner.cpus, learner.gpus),
+        rollout=options(actors.cpus, actors.gpus, actors.labels),
+        reward=options(reward.cpus, 0, reward.labels),
+        learner=options(learner.cpus, learner.gpus, learner.labels),
         rollout_threads=max(1, cores // actors.count),
         learner_threads=learner.threads or max(1, cores // learner.ranks),
         notes=tuple(notes),

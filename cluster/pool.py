@@ -51,7 +51,7 @@ class Supervision:
     max_restarts: int
     """Replacements within an hour, for each wanted actor."""
     backoff_s: float = 1.0
-    """Wait before the second replacement in a row; it doubles from then on, up to a minute."""
+    """Seconds before the second replacement in a row; they double from then on, up to a minute."""
 
 
 @dataclass(slots=True)

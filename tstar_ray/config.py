@@ -143,11 +143,15 @@ class ActorsConfig(Section):
     """GPUs an actor takes."""
     cpus: float = Field(1, gt=0)
     """CPU cores an actor takes; scaled down where the cluster has fewer and no GPUs are used."""
+    labels: dict[str, str] = {}
+    """Labels that an actor's node must have, e.g. {ray.io/accelerator-type: H100}; see `ray start --labels`."""
     timeout_s: float = Field(600, gt=0)
     """An actor that takes longer for one batch counts as failed."""
     max_restarts: int = Field(3, ge=0)
     """Replacements of lost actors within an hour, for each wanted one, before the run gives up; of reward actors too.
     """
+    backoff_s: float = Field(1.0, ge=0)
+    """Seconds before the second replacement in a row of one actor; doubled for each further one, up to a minute."""
     probe_s: float = Field(10, gt=0)
     """Seconds between health probes, and within which one has to be answered; of reward actors too."""
     probe_failures: int = Field(6, ge=1)
@@ -171,6 +175,8 @@ class RewardConfig(Section):
     """Whether a completion cut at the length cap may earn a reward; otherwise it earns 0, whatever it says."""
     cpus: float = Field(0.5, gt=0)
     """CPU cores a reward actor takes."""
+    labels: dict[str, str] = {}
+    """Labels that a reward actor's node must have, e.g. {ray.io/accelerator-type: H100}; see `ray start --labels`."""
 
 
 class Gate(Section):
@@ -346,6 +352,9 @@ class ClusterConfig(Section):
     """Private cluster: its port."""
     start_timeout_s: float = Field(180, gt=0)
     """Seconds within which actors must be placed and ready."""
+    autoscaling: bool = False
+    """Nodes may join for what the cluster has no room for: it is asked for all the same, and stays pending until they
+    do. The run begins once the learner and one actor of each kind are ready."""
 
 
 class Config(Section):

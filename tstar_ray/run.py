@@ -242,7 +242,7 @@ def start_rollouts(
     reporter: Any,
 ) -> Any:
     """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner are
-    ready; raises ClusterError past the start limit."""
+    ready; raises ClusterError past the start limit. Under ``cluster.autoscaling`` the pools wait for theirs."""
     from cluster.placement import wait_ready
     from cluster.pool import ActorPool, Supervision
     from cluster.scale import Desk
@@ -255,6 +255,7 @@ def start_rollouts(
         probe_failures=actors.probe_failures,
         stall_s=actors.stall_s,
         max_restarts=actors.max_restarts,
+        backoff_s=actors.backoff_s,
     )
 
     def pool(role: str, make: Callable[[int, str], Any], count: int, *, serves_weights: bool) -> ActorPool:
@@ -271,7 +272,8 @@ def start_rollouts(
 
     rollouts = pool("rollout", make_rollout, actors.count, serves_weights=True)
     rewards = pool("reward", make_reward, config.reward.count, serves_weights=False)
-    wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
+    if not config.cluster.autoscaling:
+        wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
     learner.places = wait_ready(learner.start(start_s), start_s, "learner")
     ahead = config.rollout.max_staleness > 0
     limits = Limits(

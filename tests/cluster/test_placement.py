@@ -29,6 +29,21 @@ def test_gpus_are_given_as_asked():
     assert placement.reward["num_gpus"] == 0
 
 
+def test_labels_say_which_nodes():
+    config = load_config(None, ["actors.labels={ray.io/accelerator-type: H100}", "learner.labels={role: learner}"])
+    placement = plan(config, {"CPU": 64.0})
+    assert placement.rollout["label_selector"] == {"ray.io/accelerator-type": "H100"}
+    assert placement.learner["label_selector"] == {"role": "learner"}
+    assert "label_selector" not in placement.reward
+
+
+def test_what_nodes_may_join_for_is_asked_for_in_full():
+    settings = ["cluster.autoscaling=true", "actors.gpus=1", "actors.count=6", "learner.gpus=2"]
+    placement = plan(load_config(None, settings), {"CPU": 2.0})
+    assert placement.rollout == {"num_cpus": 1.0, "num_gpus": 1}
+    assert placement.learner == {"num_cpus": 1.0, "num_gpus": 2}
+
+
 @pytest.mark.parametrize(
     ("settings", "resources", "message"),
     [
