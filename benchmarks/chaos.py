@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.chaos_audit import audit
 from benchmarks.chaos_faults import KINDS, STOP, Fault, draw_kinds, is_whole, ours, send, victims
@@ -180,7 +181,10 @@ class Chaos:
         if not found:
             return None
         pid = self._chance.choice(found)
-        send(pid, what)
+        try:
+            send(pid, what)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return None
         if role != "driver":
             return (pid,)
         if what == STOP:

@@ -98,9 +98,11 @@ def victims(role: str, status: Mapping[str, Any]) -> list[int]:
 
 
 def send(pid: int, what: signal.Signals) -> None:
-    """Signal a process and see that it is gone, or stands still; AssertionError if neither comes true."""
+    """Signal a process and see that it is gone, or stands still; AssertionError if neither comes true.
+    ProcessLookupError if it ended by itself before it could be hit."""
     process = ours(pid)
-    assert process is not None, f"process {pid} went before it could be hit"
+    if process is None:
+        raise ProcessLookupError(pid)
     process.send_signal(what)
     deadline = time.monotonic() + _SEEN_S
     while time.monotonic() < deadline:

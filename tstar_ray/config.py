@@ -143,7 +143,7 @@ class ActorsConfig(Section):
     """GPUs an actor takes."""
     cpus: float = Field(1, gt=0)
     """CPU cores an actor takes; scaled down where the cluster has fewer and no GPUs are used."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels that an actor's node must have, e.g. {ray.io/accelerator-type: H100}; see `ray start --labels`."""
     timeout_s: float = Field(600, gt=0)
     """An actor that takes longer for one batch counts as failed."""
@@ -175,7 +175,7 @@ class RewardConfig(Section):
     """Whether a completion cut at the length cap may earn a reward; otherwise it earns 0, whatever it says."""
     cpus: float = Field(0.5, gt=0)
     """CPU cores a reward actor takes."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels that a reward actor's node must have, e.g. {ray.io/accelerator-type: H100}; see `ray start --labels`."""
 
 

@@ -97,7 +97,7 @@ class LearnerConfig(Section):
     """GPUs a rank takes."""
     cpus: float = Field(1, gt=0)
     """CPU cores a rank takes; scaled down where the cluster has fewer and no GPUs are used."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels that a rank's node must have, e.g. {ray.io/accelerator-type: H100}; see `ray start --labels`."""
     threads: int = Field(0, ge=0)
     """Compute threads of a rank on CPU; 0: the machine's cores divided by the ranks on it."""
