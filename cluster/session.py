@@ -113,6 +113,8 @@ def _join(address: str, namespace: str) -> Session:
 def _check_reachable(address: str) -> None:
     """Ray itself would try for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"cluster.address or RAY_ADDRESS is {address!r}; write HOST:PORT, ray://HOST:PORT or auto")
     try:
         with socket.create_connection((host, int(port)), timeout=_REACH_S):
             return

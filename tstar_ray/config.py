@@ -424,7 +424,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         except Exception as error:  # YAML errors come in many classes
             raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
         if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {path}: expected sections with settings, found {type(loaded).__name__}")
+            raise ConfigError(f"--config {path}: expected sections with settings, found a list")
         merged = loaded
     for override in overrides:
         if "=" not in override or override.startswith("-"):
@@ -453,7 +453,10 @@ def _explain(error: Any) -> str:
     message = message[0].lower() + message[1:]
     if isinstance(error["input"], (str, int, float, bool, type(None), list, tuple)):
         return f"{key}={error['input']!r}: {message}"
-    return message if error["type"] == "value_error" else f"{key}: {message}"
+    if error["type"] != "value_error":
+        return f"{key}: {message}"
+    # A section's own check names its settings without the section.
+    return f"{key}.{message}" if location and re.match(r"[a-z_.]+=", message) else message
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

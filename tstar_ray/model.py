@@ -15,6 +15,7 @@ Qwen3 under another name. Saved checkpoints open with plain transformers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,6 +245,10 @@ def inspect_checkpoint(
     return tokenizer, _stop_ids(path, config_dict, tokenizer)
 
 
+def _brief(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _resolve(path: str | Path) -> str:
     return str(EMBEDDED_FOLDER if path == EMBEDDED else path)
 
@@ -252,8 +257,14 @@ def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
     try:
         config_dict, _ = transformers.PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {path!r}: no readable config.json there, and no such hub model: {error}") from error
+        if os.path.isabs(path) or os.path.exists(path):
+            raise ValueError(f"model.path={path}: no readable config.json there: {_brief(error)}") from error
+        raise ValueError(
+            f"model.path={path}: no such folder, and not readable as a hub model: {_brief(error)}"
+        ) from error
     model_type = config_dict.get("model_type")
+    if model_type is None:
+        raise ValueError(f"model.path={path}: no readable config.json there, or one that names no model_type")
     if model_type not in ARCHITECTURES:
         raise ValueError(f"model {path}: model_type {model_type!r} is not served; known are {', '.join(ARCHITECTURES)}")
     if config_dict.get("use_sliding_window"):
@@ -272,6 +283,9 @@ def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _find_mask_id(path: str, given: int | None, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
     if given is not None:
+        size = config.get("vocab_size")
+        if size is not None and given >= size:
+            raise ValueError(f"model.mask_token_id={given}: the vocabulary of {path} ends at {size - 1}")
         return given
     if config.get("mask_token_id") is not None:
         return int(config["mask_token_id"])

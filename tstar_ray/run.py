@@ -95,6 +95,8 @@ def replay_update(config: Config, traces: Path) -> int:
     from tstar_ray.controller import update_spec
     from tstar_ray.traces import read_traces
 
+    if not traces.is_file():
+        raise ConfigError(f"learner.replay={traces}: no such file")
     try:
         groups = read_traces(traces)
     except (OSError, ValueError) as error:

@@ -1,0 +1,115 @@
+"""What a user reads after a mistake: the value, what is wrong with it, and the remedy; and nothing is started."""
+
+import json
+import shlex
+
+import pytest
+import yaml
+
+from tstar_ray.run import main
+
+ROW = '{"question": "1+1", "answer": "2"}\n'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with damaged and misleading files."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name, text in {
+        "broken.yaml": "run: [1\n",
+        "list.yaml": "- 1\n",
+        "broken.jsonl": ROW + '{"question": \n',
+        "columns.jsonl": '{"q": "1+1", "a": "2"}\n',
+        "empty.jsonl": "",
+        "numbers.jsonl": "[1, 2]\n",
+        "one.jsonl": ROW,
+        "text.parquet": "no",
+        "rows.csv": "question,answer\n",
+        "a_file": "",
+    }.items():
+        (folder / name).write_text(text)
+    for name, file, content in [
+        ("held", "config.yaml", "{}"),
+        ("gpt2", "config.json", json.dumps({"model_type": "gpt2"})),
+    ]:
+        (folder / name).mkdir()
+        (folder / name / file).write_text(content)
+    (folder / "nothing").mkdir()
+    return folder
+
+
+MISTAKES = [
+    # settings
+    ("rollout.problem=3", "rollout.problem: unknown setting; did you mean problems?"),
+    ("rolout.problems=3", "rolout: unknown setting; did you mean rollout?"),
+    ("rollout.problems=many", "rollout.problems='many': input should be a valid integer"),
+    ("rollout.problems=0", "rollout.problems=0: input should be greater than or equal to 1"),
+    ("rollout.temperature=-1", "rollout.temperature=-1: input should be greater than 0"),
+    ("actors", "'actors' is no setting; write section.key=value, e.g. actors.count=4"),
+    ("--config P/none.yaml", "--config P/none.yaml: no such file"),
+    ("--config P/broken.yaml", "--config P/broken.yaml: not readable as YAML"),
+    ("--config P/list.yaml", "--config P/list.yaml: expected sections with settings, found a list"),
+    ("curriculum.mode=star", "curriculum.mode='star': input should be 'tstar', 'direct' or 'fixed'"),
+    ("curriculum.blocks=[8,4]", "curriculum.blocks=[8, 4]: 4 after 8 does not grow"),
+    ("curriculum.blocks=[4,6]", "curriculum.blocks=[4, 6]: 6 is no multiple of 4"),
+    ("curriculum.updates=[1,2]", "curriculum.updates=[1, 2]: give one number or one for each of the 3 blocks"),
+    ("curriculum.updates=[0]", "curriculum.updates=[0]: none may be negative, and one must be positive"),
+    ("rollout.max_new_tokens=8", "rollout.max_new_tokens=8 cannot hold a block of 16"),
+    ("eval.blocks=[4,128]", "rollout.max_new_tokens=96 cannot hold a block of 128"),
+    ("model.dtype=bfloat16", "model.dtype=bfloat16 trains 7 to 15 times slower than float32 on CPU; use auto"),
+    ("actors.gpus=1", "actors.gpus=1 and learner.gpus=0: with auto the actors and the learner would differ"),
+    ("learner.offload=all", "learner.offload=all needs zero_stage=3, not 1; use offload=optimizer"),
+    ("learner.loss.accuracy_band=[0.8,0.2]", "learner.loss.accuracy_band=[0.8, 0.2]: give two numbers low < high"),
+    (
+        "learner.loss.trace=random learner.loss.correction.level=token",
+        "learner.loss.correction.level=token needs loss.trace=trace",
+    ),
+    ("learner.steps_per_update=4096", "learner.steps_per_update=4096 exceeds the 512 samples of an update"),
+    ("data.prompt=hello", "data.prompt='hello': needs the placeholder {question}"),
+    ("actors.labels=H100", "actors.labels='H100': input should be a valid dictionary"),
+    # folders
+    ("run.name=a/b", "run.name='a/b': use letters, digits, dot, dash and underscore only, at most 100"),
+    ("run.resume=auto run.name=''", "run.resume=auto needs run.name"),
+    ("run.resume=P/nowhere", "run.resume=P/nowhere: no run folder (it has no config.yaml)"),
+    ("run.dir=P run.name=held", "already holds a run; choose another run.name, or continue it with run.resume="),
+    ("run.dir=P/a_file", "run.dir=P/a_file: cannot make P/a_file/"),
+    # model
+    ("model.path=P/nowhere", "model.path=P/nowhere: no readable config.json there"),
+    ("model.path=P/nothing", "model.path=P/nothing: no readable config.json there"),
+    ("model.path=P/gpt2", "model_type 'gpt2' is not served; known are qwen3, sdar, llama"),
+    ("model.mask_token_id=99999", "model.mask_token_id=99999: the vocabulary of"),
+    # data
+    ("data.train=P/none.jsonl", "data.train=P/none.jsonl: no such file"),
+    ("data.train=P/broken.jsonl", "data.train=P/broken.jsonl: line 2 is not JSON"),
+    ("data.train=P/columns.jsonl", "row 0 has no 'question'; it has 'q', 'a'. Set data.question_field"),
+    ("data.train=P/empty.jsonl", "data.train=P/empty.jsonl: holds no problem"),
+    ("data.train=P/numbers.jsonl", "data.train=P/numbers.jsonl: line 1 is not a JSON object"),
+    ("data.train=P/one.jsonl", "1 problems are too few to hold any out; give data.eval"),
+    ("data.train=P/rows.csv", "data.train=P/rows.csv: give a .jsonl or .parquet file, or a hub name"),
+    ("data.train=P/text.parquet", "data.train=P/text.parquet: not readable as Parquet"),
+    ("data.max_prompt_tokens=2", "data.train: no problem is left; 8704 prompts exceed data.max_prompt_tokens=2"),
+    ("learner.replay=P/none.parquet", "learner.replay=P/none.parquet: no such file"),
+    ("learner.replay=P/text.parquet", "learner.replay=P/text.parquet: not readable as trajectories"),
+    # cluster
+    ("cluster.address=127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+    ("cluster.address=nonsense", "cluster.address or RAY_ADDRESS is 'nonsense'; write HOST:PORT"),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), MISTAKES, ids=[given for given, _ in MISTAKES])
+def test_a_mistake_is_named_with_its_remedy(place, tmp_path, capsys, given, told):
+    settings = [word.replace("P/", f"{place}/").replace("=P", f"={place}") for word in shlex.split(given)]
+    defaults = {"run.dir": str(tmp_path), "run.name": "new"}
+    settings += [f"{key}={value}" for key, value in defaults.items() if not any(s.startswith(key) for s in settings)]
+    assert main(settings) == 2
+    message = capsys.readouterr().err.replace(str(place), "P")
+    assert message.startswith("error: ")
+    assert told in message
+    assert "Traceback" not in message
+
+
+def test_the_same_mistake_in_a_file_is_named_the_same_way(place, capsys):
+    path = place / "settings.yaml"
+    path.write_text(yaml.safe_dump({"rollout": {"problem": 3}}))
+    assert main(["--config", str(path)]) == 2
+    assert "rollout.problem: unknown setting; did you mean problems?" in capsys.readouterr().err
