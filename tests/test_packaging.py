@@ -1,0 +1,66 @@
+"""The wheel, as somebody gets it who has no checkout: complete, and it trains from any folder."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a source distribution, as an index would have it."""
+    folder = tmp_path_factory.mktemp("dist")
+    script = "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, cwd=ROOT, capture_output=True)
+    [sdist] = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
+    [source] = (folder / "source").iterdir()
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    [found] = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_every_module_and_what_they_read(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    packages = ("tstar_ray", "actors", "learner", "reward", "cluster")
+    tracked = subprocess.run(
+        ["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    wanted = {name for name in tracked if not name.startswith("cluster/examples/")}
+    assert wanted - names == set()
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+@pytest.mark.cluster
+def test_the_wheel_trains_from_any_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(site)}
+    where = "import actors, learner, tstar_ray, sys; print(*(m.__file__ for m in (actors, learner, tstar_ray)))"
+    found = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert all(path.startswith(str(site)) for path in found.stdout.split())
+    settings = ["curriculum.blocks=[4]", "curriculum.updates=[1]", "rollout.problems=4", "eval.problems=8"]
+    job = subprocess.run(
+        [sys.executable, "-m", "tstar_ray.run", "run.name=job", *settings],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert json.loads((tmp_path / "runs" / "job" / "result.json").read_text())["updates"] == 1
