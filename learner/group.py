@@ -75,15 +75,12 @@ class LearnerRank:
         import torch
 
         from learner.backend import join_process_group
-        from learner.trainer import Trainer
-        from tstar_ray.model import load_checkpoint, pick_device
+        from tstar_ray.model import pick_device
 
         torch.set_num_threads(self._threads)
         torch.manual_seed(self._seed)
         device, dtype = pick_device(gpus=self._learner.gpus, dtype=self._model.dtype)
-        checkpoint = load_checkpoint(
-            self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device
-        )
+        checkpoint = self._load(dtype=dtype, device=device)
         join_process_group(
             rank=self._rank,
             world=world,
@@ -92,8 +89,18 @@ class LearnerRank:
             device=device,
             timeout_s=self._learner.timeout_s,
         )
-        self._trainer = Trainer(checkpoint, self._learner, seed=self._seed)
+        self._trainer = self._make_trainer(checkpoint)
         return here(repr(self))
+
+    def _load(self, *, dtype: Any, device: Any) -> Any:
+        from tstar_ray.model import load_checkpoint
+
+        return load_checkpoint(self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device)
+
+    def _make_trainer(self, checkpoint: Any) -> Any:
+        from learner.trainer import Trainer
+
+        return Trainer(checkpoint, self._learner, seed=self._seed)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the trainer; only rank 0 returns its result."""
