@@ -23,13 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learner.packing import SlicedSample, lay_out
 from tstar_ray.blocks import Slices, ceil_to_block
-from tstar_ray.config_adapt import BlockStage, NoiseConfig
+
+if TYPE_CHECKING:
+    from tstar_ray.config_adapt import BlockStage, NoiseConfig
 
 Floats = NDArray[np.float64]
 

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tstar_ray.budget import read_budget
 from tstar_ray.config import Config, ConfigError, load_config
 from tstar_ray.signals import StopSignals
 
@@ -202,7 +203,8 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         stack.enter_context(StopSignals(controller, reporter.say))
         result = controller.run()
     if not result.stopped:
-        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+        spent = {"budget": read_budget(folder / "metrics.jsonl")}
+        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
     return result
 
 
