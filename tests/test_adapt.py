@@ -252,3 +252,16 @@ def test_a_failing_start_is_a_clear_message(tmp_path, corpus, settings, message)
     output = adapt(tmp_path, f"data.train={corpus}", "run.name=job", *settings, expect=2)
     assert message in output
     assert "Traceback" not in output
+
+
+@pytest.mark.cluster
+def test_the_script_of_the_embedded_model_adapts_with_this_command(tmp_path):
+    """A few steps of everything: pre-training, adaptation, evaluation."""
+    command = [sys.executable, "-m", "tstar_ray.embedded.make", "--out", str(tmp_path / "made"), "--problems", "300"]
+    command += ["--ar-steps", "3", "--sft-steps", "4", "--batch", "8", "--held-out", "4", "--threads", "1"]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), cwd=tmp_path)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count("accuracy") == 6
+    made = load_checkpoint(tmp_path / "made")
+    assert made.model.hf.config.block_size == 4
+    assert made.stop_ids == load_checkpoint("embedded").stop_ids

@@ -1,7 +1,7 @@
 """Say what a configuration needs, what this machine or cluster has, and what is missing; start nothing of the run.
 
     python -m tstar_ray.doctor --config configs/sdar_4b_1gpu.yaml
-    python -m tstar_ray.doctor --config configs/sdar_8b_8gpu.yaml --gpus 8 --gpu-gib 80     for a machine that is not here
+    python -m tstar_ray.doctor --config configs/sdar_8b_8gpu.yaml --gpus 8 --gpu-gib 80     for another machine
 
 Memory comes from the model's configuration alone (`tstar_ray.memory`); no weights are read and no hub is asked. A model
 that is not on this machine is looked up among the known SDAR sizes. With RAY_ADDRESS or cluster.address the resources

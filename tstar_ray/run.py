@@ -1,7 +1,7 @@
 """Train a block-diffusion language model by T*: larger blocks, stage by stage, with TraceRL at each.
 
     python -m tstar_ray.run                                  the embedded run: B=4 to 16 on two CPU cores
-    python -m tstar_ray.run --config configs/sdar_4b_gsm8k.yaml run.dir=/data/runs
+    python -m tstar_ray.run --config configs/sdar_4b_8gpu.yaml run.dir=/data/runs
     python -m tstar_ray.run run.name=NAME run.resume=auto    again after any kill: the same command continues
     python -m tstar_ray.run curriculum.mode=direct actors.count=4 --print-config
     ray job submit --working-dir . -- python -m tstar_ray.run run.dir=/abs/path
