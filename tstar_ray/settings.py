@@ -37,8 +37,9 @@ def load_settings(
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. {example}")
+    given = [f"{override}''" if override.endswith("=") else override for override in overrides]  # key= is empty text
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(given))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings cannot be merged: {error}") from error

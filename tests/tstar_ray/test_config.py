@@ -30,6 +30,10 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     assert config.reward == Config().reward
 
 
+def test_nothing_behind_the_sign_is_empty_text():
+    assert load_config(None, ["data.eval=", "run.name="]).data.eval == ""
+
+
 def test_the_resolved_configuration_loads_back_to_the_same(tmp_path):
     config = load_config(None, ["curriculum.bridge_updates=3", "run.name=x", "model.mask_token_id=5"])
     file = tmp_path / "resolved.yaml"
