@@ -5,6 +5,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,11 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
         lines.append(line)
         if line.startswith("direct-s1 started"):
             break
-    with subprocess.Popen(["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True) as tail:
-        next(line for line in tail.stdout if line.split()[:1] == ["2/4"])
-        tail.kill()
+    deadline = time.monotonic() + 300
+    while not any(line.split()[:1] == ["2/4"] for line in log.read_text().splitlines()):
+        assert time.monotonic() < deadline, log.read_text()
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     lines += job.stdout.readlines()
     assert job.wait(timeout=60) == 130, "".join(lines)

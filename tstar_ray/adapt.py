@@ -78,7 +78,8 @@ def launch(config: AdaptConfig) -> int:
         try:
             stopped = _run(config, folder, reporter)
         except (ClusterError, LearnerError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            again = f"\ncontinue with run.resume={folder}" if any(folder.glob("checkpoints/u*")) else ""
+            print(f"error: {error}{again}", file=sys.stderr)
             return 2
         if stopped:
             reporter.say(f"stopped; continue with run.resume={folder}")
