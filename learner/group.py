@@ -75,15 +75,12 @@ class LearnerRank:
         import torch
 
         from learner.backend import join_process_group
-        from learner.trainer import Trainer
-        from tstar_ray.model import load_checkpoint, pick_device
+        from tstar_ray.model import pick_device
 
         torch.set_num_threads(self._threads)
         torch.manual_seed(self._seed)
         device, dtype = pick_device(gpus=self._learner.gpus, dtype=self._model.dtype)
-        checkpoint = load_checkpoint(
-            self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device
-        )
+        checkpoint = self._load(dtype=dtype, device=device)
         join_process_group(
             rank=self._rank,
             world=world,
@@ -92,8 +89,18 @@ class LearnerRank:
             device=device,
             timeout_s=self._learner.timeout_s,
         )
-        self._trainer = Trainer(checkpoint, self._learner, seed=self._seed)
+        self._trainer = self._make_trainer(checkpoint)
         return here(repr(self))
+
+    def _load(self, *, dtype: Any, device: Any) -> Any:
+        from tstar_ray.model import load_checkpoint
+
+        return load_checkpoint(self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device)
+
+    def _make_trainer(self, checkpoint: Any) -> Any:
+        from learner.trainer import Trainer
+
+        return Trainer(checkpoint, self._learner, seed=self._seed)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the trainer; only rank 0 returns its result."""
@@ -147,6 +154,7 @@ class LearnerGroup:
     def _make_ranks(self) -> None:
         suffix = f"-r{self.restarts}" if self.restarts else ""
         self._signs: dict[int, tuple[Any, float]] = {}
+        self._known: set[int] = set()
         self.ranks = [self._make(rank, f"learner-{rank}{suffix}") for rank in range(self._count)]
 
     def start(self, timeout_s: float) -> dict[str, Any]:
@@ -222,7 +230,8 @@ class LearnerGroup:
         return ray.get(refs)
 
     def _probe(self, what: str) -> None:
-        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died or is silent."""
+        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died, or gave one and
+        is silent now; how long one may take to start is up to the caller's own limit."""
         import ray
 
         now = time.monotonic()
@@ -234,9 +243,10 @@ class LearnerGroup:
                 except ray.exceptions.RayActorError as error:
                     raise LearnerLostError(f"learner: rank {index} was lost during {what}: {error}") from error
                 ref = None
+                self._known.add(index)
             if ref is None:
                 self._signs[index] = rank.alive.remote(), now
-            elif now - sent > self._silent_s:
+            elif index in self._known and now - sent > self._silent_s:
                 raise LearnerLostError(
                     f"learner: rank {index} gave no sign of life in {now - sent:.0f} s during {what}"
                 )

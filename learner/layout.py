@@ -36,6 +36,18 @@ def make_layout(batch: MicroBatch, dtype: torch.dtype) -> Layout:
     return TrainLayout(train_visibility(batch.document, batch.block, batch.slice_id), dtype)
 
 
+def forward_inputs(
+    batch: MicroBatch | None, *, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor, torch.Tensor]:
+    """Arguments of a forward pass for a batch on its device; without a batch one token, so that ZeRO's collectives
+    run."""
+    if batch is None:
+        zero = torch.zeros((1, 1), dtype=torch.long, device=device)
+        layout = TrainLayout(torch.ones((1, 1, 1), dtype=torch.bool, device=device), dtype)
+        return zero, zero, layout, zero[0], zero[0]
+    return batch.ids, batch.positions, make_layout(batch, dtype), batch.index, batch.targets
+
+
 class SplitLayout:
     """Rows of one trajectory each, [C clean tokens | slices of B tokens | padding].
 

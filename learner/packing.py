@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from learner.masking import mask_slices
-from tstar_ray.blocks import build_slices
+from tstar_ray.blocks import Slices, build_slices
 from tstar_ray.trajectory import Trajectory
 
 Normaliser = Literal["token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum"]
@@ -86,24 +86,44 @@ def slice_sample(
     else:
         assert rng is not None, "random masks need a generator"
         slices = mask_slices(trajectory, block_size=block_size, mask_id=mask_id, kind=trace, rng=rng)
-    count = len(slices.block)
+    return lay_out(
+        slices,
+        trajectory.token_ids,
+        prompt_len=prompt,
+        recorded=trajectory.logprobs,
+        advantage=advantage,
+        label=f"sample {trajectory.sample} of group {trajectory.group_id}",
+    )
+
+
+def lay_out(
+    slices: Slices,
+    token_ids: NDArray[np.integer],
+    *,
+    prompt_len: int,
+    recorded: NDArray[np.float32] | None = None,
+    advantage: float = 0.0,
+    label: str = "",
+) -> SlicedSample:
+    """Slices (at least one) behind one clean copy of ``token_ids`` [T]; ``recorded`` [T - prompt_len], else zeros."""
+    count, block_size = slices.noisy.shape
     clean = int(slices.block[-1]) * block_size  # the last block is never context of a slice
     noisy_position = slices.block[:, None] * block_size + np.arange(block_size)
     position = np.concatenate([np.arange(clean), noisy_position.ravel()])
     target_slice, in_block = np.nonzero(slices.target)
-    target_position = noisy_position[target_slice, in_block]
+    offset = noisy_position[target_slice, in_block] - prompt_len
     return SlicedSample(
-        ids=np.concatenate([trajectory.token_ids[:clean].astype(np.int64), slices.noisy.ravel()]),
+        ids=np.concatenate([token_ids[:clean].astype(np.int64), slices.noisy.ravel()]),
         position=position,
         block=position // block_size,
         slice_id=np.concatenate([np.full(clean, -1), np.repeat(np.arange(count), block_size)]),
         target_index=clean + target_slice * block_size + in_block,
-        target_id=trajectory.token_ids[target_position].astype(np.int64),
+        target_id=token_ids[prompt_len + offset].astype(np.int64),
         target_slice=target_slice,
-        target_offset=target_position - prompt,
-        recorded=trajectory.logprobs[target_position - prompt],
-        advantage=np.full(len(target_slice), advantage, dtype=np.float32),
-        label=f"sample {trajectory.sample} of group {trajectory.group_id}",
+        target_offset=offset,
+        recorded=np.zeros(len(offset), dtype=np.float32) if recorded is None else recorded[offset],
+        advantage=np.full(len(offset), advantage, dtype=np.float32),
+        label=label,
     )
 
 

@@ -35,13 +35,13 @@ from safetensors.torch import load_file, save_file
 
 from learner.backend import Backend, UpdateError
 from learner.credit import credit, gae
-from learner.layout import WIDTH_MULTIPLE, make_layout
+from learner.layout import WIDTH_MULTIPLE, forward_inputs
 from learner.modules import Policy, ValueModel
 from learner.objective import importance, kl_terms, token_terms, value_terms
 from learner.packing import MicroBatch, SlicedSample, balance, pack, slice_sample, token_weights
 from learner.report import TAIL, Sums, UpdateReport, UpdateSpec
 from tstar_ray.config import LearnerConfig
-from tstar_ray.model import BlockDiffusionLM, Checkpoint, Layout, TrainLayout
+from tstar_ray.model import BlockDiffusionLM, Checkpoint, Layout
 from tstar_ray.trajectory import Group, Trajectory
 from tstar_ray.weights import flatten, load_flat
 
@@ -163,13 +163,7 @@ class Trainer:
     def _inputs(
         self, batch: MicroBatch | None
     ) -> tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor, torch.Tensor]:
-        """Arguments of a forward pass; without a batch one token, so that ZeRO's collectives run."""
-        if batch is None:
-            device = self._model.device
-            zero = torch.zeros((1, 1), dtype=torch.long, device=device)
-            layout = TrainLayout(torch.ones((1, 1, 1), dtype=torch.bool, device=device), self._model.dtype)
-            return zero, zero, layout, zero[0], zero[0]
-        return batch.ids, batch.positions, make_layout(batch, self._model.dtype), batch.index, batch.targets
+        return forward_inputs(batch, dtype=self._model.dtype, device=self._model.device)
 
     def _on_device(self, batch: MicroBatch | None) -> MicroBatch | None:
         return batch and batch.to(self._model.device)

@@ -69,7 +69,7 @@ MISTAKES = [
     ("actors.labels=H100", "actors.labels='H100': input should be a valid dictionary"),
     # folders
     ("run.name=a/b", "run.name='a/b': use letters, digits, dot, dash and underscore only, at most 100"),
-    ("run.resume=auto run.name=''", "run.resume=auto needs run.name"),
+    ("run.resume=auto run.name=", "run.resume=auto needs run.name"),
     ("run.resume=P/nowhere", "run.resume=P/nowhere: no run folder (it has no config.yaml)"),
     ("run.dir=P run.name=held", "already holds a run; choose another run.name, or continue it with run.resume="),
     ("run.dir=P/a_file", "run.dir=P/a_file: cannot make P/a_file/"),

@@ -8,21 +8,19 @@ key, the value and what is allowed. The defaults are the embedded run: T* from B
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tstar_ray.config_base import ConfigError as ConfigError
 from tstar_ray.config_base import Section
 from tstar_ray.config_learner import LearnerConfig as LearnerConfig
 from tstar_ray.config_learner import LossConfig as LossConfig
 from tstar_ray.embedded import EMBEDDED as EMBEDDED
+from tstar_ray.settings import load_settings, to_yaml
 
 ARITHMETIC = "arithmetic"
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -410,60 +408,9 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, readable by `load_config`."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return to_yaml(self)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, a YAML file and ``section.key=value`` overrides; raises ConfigError."""
-    merged: Any = OmegaConf.create({})
-    if path is not None:
-        try:
-            loaded = OmegaConf.load(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"--config {path}: no such file") from error
-        except Exception as error:  # YAML errors come in many classes
-            raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {path}: expected sections with settings, found a list")
-        merged = loaded
-    for override in overrides:
-        if "=" not in override or override.startswith("-"):
-            raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. actors.count=4")
-    try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"settings cannot be merged: {error}") from error
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: key, value, what is allowed."""
-    location = [part for part in error["loc"] if part != "function-after"]
-    key = ".".join(str(part) for part in location) or "config"
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known there: {', '.join(known)}"
-        return f"{key}: unknown setting; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if isinstance(error["input"], (str, int, float, bool, type(None), list, tuple)):
-        return f"{key}={error['input']!r}: {message}"
-    if error["type"] != "value_error":
-        return f"{key}: {message}"
-    # A section's own check names its settings without the section.
-    return f"{key}.{message}" if location and re.match(r"[a-z_.]+=", message) else message
-
-
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        section = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
-    return list(section.model_fields)
+    return load_settings(Config, path, overrides)

@@ -118,11 +118,14 @@ class Controller:
         self._learner.wait = self._collector.wait
         if self._config.run.resume:
             self._resume(self._config.run.resume)
+        lost: LearnerLostError | None = None
         while True:
             try:
+                if lost:
+                    self._recover(lost)
                 return self._go_on()
             except LearnerLostError as error:
-                self._recover(error)
+                lost = error
 
     def _go_on(self) -> Result:
         """From where the state is, to the end."""
@@ -478,11 +481,13 @@ class Controller:
             self._collector.cancel(pending.batch)
         self._window.clear()
         self._collector.cancel_urgent()
-        self._learner.restart(self._config.cluster.start_timeout_s)
-        version = self._version
-        if self._before:
-            self._resume(self._folder)
-        self._version = version + 1  # a number means one set of weights, in every process that serves them
+        version = self._version + 1
+        try:
+            self._learner.restart(self._config.cluster.start_timeout_s)
+            if self._before:
+                self._resume(self._folder)
+        finally:
+            self._version = version  # a number means one set of weights, in every process that serves them
 
 
 def update_spec(config: Config, stage: Stage) -> UpdateSpec:

@@ -90,17 +90,7 @@ def load_problems(data: DataConfig, source: str, split: str, setting: str) -> li
     """All problems of one source. ``setting`` names the source in errors."""
     if source == ARITHMETIC:
         return arithmetic.problems("train", _ARITHMETIC_POOL)
-    suffix = Path(source).suffix
-    if suffix in (".jsonl", ".parquet"):
-        if not Path(source).is_file():
-            raise ConfigError(f"{setting}={source}: no such file")
-        rows: Iterable[dict[str, Any]] = (
-            _read_jsonl(source, setting) if suffix == ".jsonl" else _read_parquet(source, setting)
-        )
-    elif suffix in (".json", ".csv", ".tsv", ".txt") or Path(source).exists():
-        raise ConfigError(f"{setting}={source}: give a .jsonl or .parquet file, or a hub name")
-    else:
-        rows = _read_hub(source, data.subset, split, setting)
+    rows = read_rows(source, data.subset, split, setting)
     problems = [_problem(row, index, data, f"{setting}={source}") for index, row in enumerate(rows)]
     if not problems:
         raise ConfigError(f"{setting}={source}: holds no problem")
@@ -121,6 +111,18 @@ def _problem(row: dict[str, Any], index: int, data: DataConfig, source: str) -> 
         answer=answer.strip(),
         solution=working.strip() or str(row.get("solution", "")),
     )
+
+
+def read_rows(source: str, subset: str, split: str, setting: str) -> Iterable[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file or a hub data set; ``setting`` names the source in errors."""
+    suffix = Path(source).suffix
+    if suffix in (".jsonl", ".parquet"):
+        if not Path(source).is_file():
+            raise ConfigError(f"{setting}={source}: no such file")
+        return _read_jsonl(source, setting) if suffix == ".jsonl" else _read_parquet(source, setting)
+    if suffix in (".json", ".csv", ".tsv", ".txt") or Path(source).exists():
+        raise ConfigError(f"{setting}={source}: give a .jsonl or .parquet file, or a hub name")
+    return _read_hub(source, subset, split, setting)
 
 
 def _read_jsonl(source: str, setting: str) -> Iterable[dict[str, Any]]:

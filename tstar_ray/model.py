@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from tstar_ray.embedded import EMBEDDED
 from tstar_ray.head import TargetScores, entropy
+from tstar_ray.mask_token import add_mask_embedding, add_mask_token
 
 ARCHITECTURES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -206,13 +207,20 @@ def load_checkpoint(
     path: str | Path,
     *,
     mask_token_id: int | None = None,
+    new_mask_token: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """Load a local folder or hub name. Raises ValueError naming the path, what is wrong, and the remedy."""
+    """Load a local folder or hub name. Raises ValueError naming the path, what is wrong, and the remedy.
+
+    ``new_mask_token``: make one of this name where the checkpoint has no mask token (`tstar_ray.mask_token`).
+    """
     path = _resolve(path)
     config_dict, model_class, config = _read_config(path)
     tokenizer = _read_tokenizer(path)
+    known = len(tokenizer)
+    if new_mask_token and mask_token_id is None and config_dict.get("mask_token_id") is None:
+        add_mask_token(tokenizer, new_mask_token, also=_MASK_TOKENS)
     mask_id = _find_mask_id(path, mask_token_id, config_dict, tokenizer)
     try:
         hf, info = model_class.from_pretrained(
@@ -230,17 +238,21 @@ def load_checkpoint(
     for name, parameter in hf.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"model {path}: {name} holds values that are not finite; the file is damaged")
+    if mask_id >= known and len(tokenizer) > known:
+        add_mask_embedding(hf, mask_id, known)
     model = BlockDiffusionLM(hf, mask_id=mask_id, token_limit=len(tokenizer)).to(device).eval()
     return Checkpoint(model=model, tokenizer=tokenizer, stop_ids=_stop_ids(path, config_dict, tokenizer))
 
 
 def inspect_checkpoint(
-    path: str | Path, *, mask_token_id: int | None = None
+    path: str | Path, *, mask_token_id: int | None = None, new_mask_token: str | None = None
 ) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     """Tokenizer and stop ids without the weights: what a driver needs, and an early look at what may be wrong."""
     path = _resolve(path)
     config_dict, _, _ = _read_config(path)
     tokenizer = _read_tokenizer(path)
+    if new_mask_token and mask_token_id is None and config_dict.get("mask_token_id") is None:
+        add_mask_token(tokenizer, new_mask_token, also=_MASK_TOKENS)
     _find_mask_id(path, mask_token_id, config_dict, tokenizer)
     return tokenizer, _stop_ids(path, config_dict, tokenizer)
 

@@ -59,6 +59,7 @@ class Reporter:
         )
         self._task = self._progress.add_task("starting", total=total)
         self._rows = 0
+        self._recent: list[Any] = []
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
     def __enter__(self) -> Reporter:
@@ -139,6 +140,28 @@ class Reporter:
             f"  {label}: accuracy {evaluation.accuracy:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}], "
             f"TPF {evaluation.tpf:.2f} ({evaluation.problems} held-out problems; {evaluation.decoding.describe()})"
         )
+
+    def numbers(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
+        """Numbers for metrics.jsonl and TensorBoard only."""
+        self._log(kind, update, values)
+
+    def steps(self, step: int, total: int, report: Any, *, every: int) -> None:
+        """Progress of a supervised training; a row with the means of every so many steps (`learner.adapter`)."""
+        self._recent.append(report)
+        self._progress.update(self._task, completed=step, total=total, description=f"B={report.block_size}")
+        if step % every and step < total:
+            return
+        count = len(self._recent)
+        loss, entropy, norm, seconds = (
+            sum(getattr(r, name) for r in self._recent) / count
+            for name in ("loss", "cross_entropy", "grad_norm", "seconds")
+        )
+        blocks = ",".join(map(str, sorted({r.block_size for r in self._recent})))
+        self.say(
+            f"step {step}/{total}  B {blocks}  loss {loss:.4f}  masked CE {entropy:.4f}  grad {norm:.2f}  "
+            f"lr {report.lr:.2e}  {report.answer_tokens / max(seconds, 1e-9):.0f} answer tokens/s"
+        )
+        self._recent.clear()
 
     def _log(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps({"kind": kind, "update": update, "time": time.time(), **values}) + "\n")

@@ -1,7 +1,7 @@
 """Train a block-diffusion language model by T*: larger blocks, stage by stage, with TraceRL at each.
 
     python -m tstar_ray.run                                  the embedded run: B=4 to 16 on two CPU cores
-    python -m tstar_ray.run --config configs/sdar_4b_gsm8k.yaml run.dir=/data/runs
+    python -m tstar_ray.run --config configs/sdar_4b_8gpu.yaml run.dir=/data/runs
     python -m tstar_ray.run run.name=NAME run.resume=auto    again after any kill: the same command continues
     python -m tstar_ray.run curriculum.mode=direct actors.count=4 --print-config
     ray job submit --working-dir . -- python -m tstar_ray.run run.dir=/abs/path
@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tstar_ray.budget import read_budget
 from tstar_ray.config import Config, ConfigError, load_config
+from tstar_ray.signals import StopSignals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +130,7 @@ def replay_update(config: Config, traces: Path) -> int:
     return 0
 
 
-def prepare_folder(config: Config) -> tuple[Path, Config]:
+def prepare_folder(config: Any) -> tuple[Path, Any]:
     """Make the run folder, or take the one to resume; refuses one that holds another run.
 
     Returns it with the configuration in which ``run.resume=auto`` has become the folder, or None for a new run.
@@ -201,10 +202,11 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
             reporter=reporter,
             metrics=Metrics(run=folder.name),
         )
-        stack.enter_context(_Signals(controller, reporter.say))
+        stack.enter_context(StopSignals(controller, reporter.say))
         result = controller.run()
     if not result.stopped:
-        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+        spent = {"budget": read_budget(folder / "metrics.jsonl")}
+        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
     return result
 
 
@@ -313,28 +315,6 @@ def _start_learner(config: Config, placement: Any, stack: ExitStack) -> Any:
     )
     stack.callback(learner.stop)
     return learner
-
-
-class _Signals:
-    """First Ctrl-C or SIGTERM: finish the update, save, end. Second: end at once."""
-
-    def __init__(self, controller: Any, say: Callable[[str], None]) -> None:
-        self._controller, self._say = controller, say
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self._controller.stop_requested:
-            raise KeyboardInterrupt
-        self._controller.stop_requested = True
-        self._say(f"{signal.Signals(number).name}: finishing this update, then saving; again to stop at once")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ if [ "$others" -gt 0 ]; then
 fi
 
 # SLURM's warning, five minutes before the end, is passed on: the run saves and ends.
-RAY_ADDRESS="$address:$port" python -m tstar_ray.run --config configs/sdar_4b_gsm8k.yaml \
+RAY_ADDRESS="$address:$port" python -m tstar_ray.run --config configs/sdar_4b_8gpu.yaml \
   run.dir="$runs" run.name=sdar-4b run.resume=auto "$@" &
 driver=$!
 trap 'kill -TERM $driver' TERM

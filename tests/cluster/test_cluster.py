@@ -1,6 +1,7 @@
 """Cluster parts on a real private Ray: weights that must be proven, lost actors, foreign clusters."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +14,15 @@ import ray
 import torch
 
 from actors.rollout import remote_class as rollout_class
+from benchmarks.simulated import SimulatedRank, Times
 from cluster.placement import wait_ready
 from cluster.pool import ActorPool, Supervision
 from cluster.session import ClusterError, connect
 from cluster.weights import ObjectStoreTransport
+from learner.group import LearnerGroup, LearnerLostError
 from reward.actor import remote_class as reward_class
 from tstar_ray.collector import Collector, Limits
-from tstar_ray.config import ActorsConfig, ClusterConfig, ModelConfig
+from tstar_ray.config import ActorsConfig, ClusterConfig, LearnerConfig, ModelConfig
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import inspect_checkpoint, load_checkpoint
@@ -237,6 +240,34 @@ def test_a_batch_may_be_added_to_when_it_is_done(parts):
     batch = collector.dispatch(ask(2, first=600), DECODING, group_size=2, when_done=more)
     assert [g.group_id for g in collector.finish(batch).groups] == [600, 601, 610]
     assert asked == [[600, 601]]
+
+
+class SlowRank(SimulatedRank):
+    """Its process takes longer to start than a rank may be silent."""
+
+    def __init__(self, *arguments, **more):
+        time.sleep(4)
+        super().__init__(*arguments, **more)
+
+
+def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silent_is(session):
+    group = LearnerGroup(
+        Times(update_s=60),
+        LearnerConfig(silent_s=1.5),
+        options={"num_cpus": 0},
+        threads=1,
+        seed=0,
+        weights=ObjectStoreTransport(),
+        rank_class=SlowRank,
+    )
+    try:
+        group.restart(60)
+        [place] = group.places.values()
+        os.kill(place.pid, signal.SIGSTOP)
+        with pytest.raises(LearnerLostError, match=r"rank 0 gave no sign of life in \d s during update"):
+            group.update([], None, update=0)
+    finally:
+        group.stop()
 
 
 def test_invariant_12_an_actor_that_cannot_be_placed_is_named_in_bounded_time(session):

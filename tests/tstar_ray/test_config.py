@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from tstar_ray.config import Config, ConfigError, load_config
+from tstar_ray.config_adapt import AdaptConfig
+from tstar_ray.config_experiment import ExperimentConfig
+from tstar_ray.experiment import plan
+from tstar_ray.settings import load_settings
 
 
 def test_importing_the_configuration_loads_nothing_heavy():
@@ -24,6 +28,10 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     assert (config.actors.count, config.actors.max_batch) == (6, 7)
     assert (config.learner.loss.kl_coef, config.learner.loss.clip_low) == (0.5, 0.1)
     assert config.reward == Config().reward
+
+
+def test_nothing_behind_the_sign_is_empty_text():
+    assert load_config(None, ["data.eval=", "run.name="]).data.eval == ""
 
 
 def test_the_resolved_configuration_loads_back_to_the_same(tmp_path):
@@ -148,6 +156,16 @@ def test_the_configuration_page_is_up_to_date():
     assert found.returncode == 0, "run ./tstar python docs/make_configuration.py"
 
 
-@pytest.mark.parametrize("preset", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_preset_is_valid(preset):
-    assert load_config(preset).curriculum.resolve()
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
+def test_every_preset_is_valid(preset, tmp_path):
+    """By its first word a preset is for the adapt or the experiment command, else for a run."""
+    if preset.name.startswith("experiment"):
+        config = load_settings(ExperimentConfig, preset, [f"dir={tmp_path}"])
+        assert plan(config, preset.parent, tmp_path / config.name)
+    elif preset.name.startswith("adapt"):
+        assert load_settings(AdaptConfig, preset).blocks
+    else:
+        assert load_config(preset).curriculum.resolve()

@@ -3,14 +3,13 @@
     python -m tstar_ray.embedded.make --out FOLDER [--ar-weights FILE] [--sft-steps N]
 
 1. **AR pre-training** from random weights: next-token prediction under a causal mask.
-2. **Block-diffusion SFT** (SDAR, algorithm reference 3.2): rows [noisy | clean] on the absolute grid; for each
-   sample t ~ U(0, 1) and every answer token is masked with probability p = (1 - 1e-3) t + 1e-3; the loss is the
-   cross-entropy of the masked tokens over p, unshifted. Answers are filled with end-of-text to the end of their
-   last block. Most rows are at B=4; a share of larger blocks gives a model that, as SDAR does, gets worse when
-   decoded in larger blocks and does not fail altogether. The learning rate is constant, as SDAR's is: a model
-   annealed to the bottom of the SFT loss leaves RL little to gain, and is thrown off it by the first updates.
+2. **Block-diffusion SFT** by `tstar_ray.adapt` (SDAR's recipe; learner.adaptation). Most steps are at B=4; a share of
+   larger blocks gives a model that, as SDAR does, gets worse when decoded in larger blocks and does not fail
+   altogether. The learning rate is constant, as SDAR's is: a model annealed to the bottom of the SFT loss leaves RL
+   little to gain, and is thrown off it by the first updates.
 
-About ten minutes on two cores. The result is evaluated by the torch engine at B = 4, 8 and 16.
+About ten minutes on two cores. The result is evaluated by the torch engine at B = 4, 8 and 16. The committed weights
+were made by the same recipe with the random numbers of an earlier script: a new run gives a model like them, not them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +30,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tstar_ray import arithmetic
-from tstar_ray.blocks import ceil_to_block, train_visibility
+from tstar_ray.blocks import ceil_to_block
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, Checkpoint, TrainLayout
+from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, Checkpoint, TrainLayout, load_checkpoint
 from tstar_ray.problems import Problem
 
 EOS, MASK, UNKNOWN = "<|endoftext|>", "<|MASK|>", "<|unknown|>"
@@ -110,31 +111,6 @@ def ar_loss(model: BlockDiffusionLM, ids: torch.Tensor, prompt: torch.Tensor, le
     return (losses * weight).sum() / weight.sum()
 
 
-def sft_loss(
-    model: BlockDiffusionLM, ids: torch.Tensor, prompt: torch.Tensor, length: torch.Tensor, block: int
-) -> torch.Tensor:
-    """SDAR's masked cross-entropy over p, divided by the number of answer tokens."""
-    rows, width = ids.shape
-    position = torch.arange(width).expand_as(ids)
-    answer = (position >= prompt[:, None]) & (position < length[:, None])
-    p = (1 - 1e-3) * torch.rand(rows, 1) + 1e-3
-    masked = answer & (torch.rand(rows, width) < p)
-    noisy = torch.where(masked, model.mask_id, ids)
-    grid = position // block
-    document = torch.where(position < length[:, None], 0, -1)
-    visible = train_visibility(
-        torch.cat([document, document], 1),
-        torch.cat([grid, grid], 1),
-        torch.cat([grid, torch.full_like(grid, -1)], 1),
-    )
-    visible |= torch.eye(2 * width, dtype=torch.bool)  # padding sees itself, so that no softmax is empty
-    layout = TrainLayout(visible, torch.float32)
-    hidden = model.hidden(torch.cat([noisy, ids], 1), torch.cat([position, position], 1), layout)[:, :width]
-    logits = model.hf.lm_head(hidden[masked])
-    losses = torch.nn.functional.cross_entropy(logits, ids[masked], reduction="none")
-    return (losses / p.expand(rows, width)[masked]).sum() / answer.sum()
-
-
 def train(
     model: BlockDiffusionLM,
     loss_of: Callable[[], torch.Tensor],
@@ -163,6 +139,38 @@ def train(
             print(f"{label} {step + 1}/{steps}  loss {total / 100:.4f}  {time.time() - start:.0f} s", flush=True)
             total = 0.0
     model.eval()
+
+
+def adapt(model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> None:
+    """Write the autoregressive model, adapt it, and put the result where it is wanted."""
+    from tstar_ray.adapt import launch
+    from tstar_ray.config_adapt import AdaptConfig
+
+    shares = dict(pair.split(":") for pair in arguments.mixture.split(","))
+    with tempfile.TemporaryDirectory(prefix="tstar-embedded-") as folder:
+        start = Path(folder) / "ar"
+        model.hf.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+        Checkpoint(model, tokenizer, (tokenizer.eos_token_id,)).save(start)
+        config = AdaptConfig.model_validate(
+            {
+                "run": {"name": "sft", "dir": folder, "seed": arguments.seed, "log_every": 100},
+                "model": {"path": str(start)},
+                "data": {"train": "arithmetic", "limit": arguments.problems},
+                "stages": [{"steps": arguments.sft_steps, "mixture": {int(b): float(w) for b, w in shares.items()}}],
+                "train": {
+                    "batch": arguments.batch,
+                    "lr": arguments.sft_lr,
+                    "final_lr": arguments.sft_final,
+                    "warmup": 0.06,
+                    "betas": (0.9, 0.98),
+                    "weight_decay": 0.01,
+                    "threads": arguments.threads,
+                },
+            }
+        )
+        if launch(config):
+            raise SystemExit("the block-diffusion SFT did not end well; see above")
+        shutil.copytree(Path(folder) / "sft" / "final", arguments.out, dirs_exist_ok=True)
 
 
 def evaluate(checkpoint: Checkpoint, problems: list[Problem], temperature: float) -> list[str]:
@@ -200,6 +208,7 @@ def main() -> None:
     parser.add_argument("--mixture", default="4:0.6,8:0.2,16:0.2", help="share of each block size in the SFT")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--problems", type=int, default=60_000)
+    parser.add_argument("--held-out", type=int, default=512, help="problems of the final evaluation")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -221,21 +230,9 @@ def main() -> None:
         )
         if arguments.ar_weights:
             torch.save(model.hf.state_dict(), arguments.ar_weights)
-    rng.seed(arguments.seed)
-    torch.manual_seed(arguments.seed)  # the same SFT whether the AR weights were trained now or read
-    shares = dict(pair.split(":") for pair in arguments.mixture.split(","))
-    blocks, weights = [int(b) for b in shares], [float(w) for w in shares.values()]
-
-    def sft() -> torch.Tensor:
-        block = rng.choices(blocks, weights)[0]
-        return sft_loss(model, *corpus.batch(rng, arguments.batch, block), block)
-
-    train(model, sft, steps=arguments.sft_steps, lr=arguments.sft_lr, final=arguments.sft_final, label="SFT")
-    checkpoint = Checkpoint(model, tokenizer, (tokenizer.eos_token_id,))
-    model.hf.config.block_size = 4
-    model.hf.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    checkpoint.save(arguments.out)
-    held_out = arithmetic.problems("heldout", 512)
+    adapt(model, tokenizer, arguments)
+    checkpoint = load_checkpoint(arguments.out)
+    held_out = arithmetic.problems("heldout", arguments.held_out)
     for temperature in (0.0, 1.0):
         print("\n".join(evaluate(checkpoint, held_out, temperature)), flush=True)
 

@@ -1,0 +1,122 @@
+"""Figures of an experiment as PNG and SVG: accuracy against tokens per forward, and held-out accuracy on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito's palette, told apart by everybody."""
+_MARKERS = "osD^vPX*"
+
+
+def draw(folder: Path, found: dict[str, Any], cells: Sequence[Any], labels: dict[str, str]) -> list[Path]:
+    """Write pareto.* and curves.* from `experiment_summary.summary` and the cells it is of."""
+    arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
+    style = {arm: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(arms)}
+    return [
+        *_save(_pareto(found["rows"], style, labels), folder / "pareto"),
+        *_save(_curves(cells, style, labels), folder / "curves"),
+    ]
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for target in paths:
+        figure.savefig(target, dpi=160, bbox_inches="tight")
+    return paths
+
+
+def _pareto(rows: Sequence[dict[str, Any]], style: dict[str, tuple[str, str]], labels: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(7.2, 4.8))
+    axes = figure.add_subplot()
+    for arm, (colour, marker) in style.items():
+        mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["block"])
+        axes.errorbar(
+            [r["tpf"] for r in mine],
+            [100 * r["accuracy"] for r in mine],
+            xerr=[r["tpf_sd"] for r in mine],
+            yerr=[100 * r["accuracy_sd"] for r in mine],
+            label=labels.get(arm, arm),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        for r in mine:
+            axes.annotate(
+                str(r["block"]),
+                (r["tpf"], 100 * r["accuracy"]),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
+    _dress(axes, "tokens per forward (without commits)", "held-out accuracy, %")
+    axes.set_title("Accuracy against parallelism; numbers are block sizes, bars one standard deviation over seeds")
+    axes.title.set_fontsize(8)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _curves(cells: Sequence[Any], style: dict[str, tuple[str, str]], labels: dict[str, str]) -> Figure:
+    """Accuracy and TPF at the largest block that was evaluated so far, against samples and learner tokens."""
+    figure = Figure(figsize=(10, 7))
+    grid = figure.subplots(2, 2, sharex="col")
+    for arm, (colour, marker) in style.items():
+        curves = [_leading(cell.curve) for cell in cells if cell.arm == arm and cell.curve]
+        for column, spent in enumerate(("samples", "learner_tokens")):
+            for row, value in enumerate(("accuracy", "tpf")):
+                axes: Axes = grid[row][column]
+                scale = 100 if value == "accuracy" else 1
+                for i, curve in enumerate(curves):
+                    axes.plot(
+                        [p[spent] for p in curve],
+                        [scale * p[value] for p in curve],
+                        color=colour,
+                        alpha=0.35 if len(curves) > 1 else 1,
+                        linewidth=1,
+                        label=labels.get(arm, arm) if i == 0 and len(curves) == 1 else None,
+                    )
+                if len(curves) > 1:
+                    count = min(map(len, curves))
+                    axes.plot(
+                        np.mean([[p[spent] for p in curve[:count]] for curve in curves], axis=0),
+                        scale * np.mean([[p[value] for p in curve[:count]] for curve in curves], axis=0),
+                        color=colour,
+                        marker=marker,
+                        markersize=4,
+                        linewidth=1.8,
+                        label=labels.get(arm, arm),
+                    )
+    for row, name in enumerate(("held-out accuracy, %", "tokens per forward")):
+        _dress(grid[row][0], "", name)
+        _dress(grid[row][1], "", "")
+    grid[1][0].set_xlabel("samples rolled out")
+    grid[1][1].set_xlabel("learner tokens")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle("At the block size in training; thin lines are seeds", fontsize=9)
+    return figure
+
+
+def _leading(curve: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Of each update the evaluation at the largest block size, without the tables at the start and the end."""
+    updates = [p["update"] for p in curve]
+    tables = {u for u in (updates[0], updates[-1]) if updates.count(u) > 1}
+    during = [p for p in curve if p["update"] not in tables]
+    return during or list(curve)
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

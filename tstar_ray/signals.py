@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM end a long command where its work can be saved."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Stoppable(Protocol):
+    """Looks at ``stop_requested`` where it can stop."""
+
+    stop_requested: bool
+
+
+class StopSignals:
+    """First Ctrl-C or SIGTERM: finish the update, save, end. Second: end at once."""
+
+    def __init__(self, controller: Stoppable, say: Callable[[str], None]) -> None:
+        self._controller, self._say = controller, say
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self._controller.stop_requested:
+            raise KeyboardInterrupt
+        self._controller.stop_requested = True
+        self._say(f"{signal.Signals(number).name}: finishing this update, then saving; again to stop at once")
