@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tstar_ray.decoding import Decoding
+from tstar_ray.scores import wilson_interval
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 
@@ -60,13 +60,3 @@ def summarise(groups: Sequence[Group], decoding: Decoding, *, unscored: int) -> 
         truncated=sum(t.stop_reason == "length" for t in trajectories) / max(count, 1),
         mean_tokens=sum(t.completion_len for t in trajectories) / max(count, 1),
     )
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), 95 % by default; (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    p = successes / trials
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
