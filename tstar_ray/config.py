@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +25,7 @@ from tstar_ray.config_learner import LossConfig as LossConfig
 from tstar_ray.embedded import EMBEDDED as EMBEDDED
 
 ARITHMETIC = "arithmetic"
+_S = TypeVar("_S", bound=Section)
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -401,11 +402,21 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, readable by `load_config`."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return to_yaml(self)
+
+
+def to_yaml(section: Section) -> str:
+    """Settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(section.model_dump(mode="json")))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, a YAML file and ``section.key=value`` overrides; raises ConfigError."""
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(kind: type[_S], path: str | Path | None = None, overrides: Sequence[str] = ()) -> _S:
+    """The same for any kind of settings."""
     merged: Any = OmegaConf.create({})
     if path is not None:
         try:
@@ -426,17 +437,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings cannot be merged: {error}") from error
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, kind) for e in error.errors())) from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[Section]) -> str:
     """One line for one pydantic error: key, value, what is allowed."""
     location = [part for part in error["loc"] if part != "function-after"]
     key = ".".join(str(part) for part in location) or "config"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(kind, location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known there: {', '.join(known)}"
         return f"{key}: unknown setting; {hint}"
@@ -447,8 +458,8 @@ def _explain(error: Any) -> str:
     return message if error["type"] == "value_error" else f"{key}: {message}"
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    section: Any = Config
+def _known_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:
+    section: Any = kind
     for part in location:
         if isinstance(part, int):
             continue

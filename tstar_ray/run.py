@@ -208,6 +208,14 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
 
 def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
     """Learner ranks, rollout actors and reward actors, all ready within the start limit."""
+    make_rollout, make_reward = actor_makers(config, placement)
+    reporter.phase(None, "starting actors")
+    learner = _start_learner(config, placement, stack)
+    return learner, start_rollouts(config, folder, learner, make_rollout, make_reward, stack, reporter)
+
+
+def actor_makers(config: Config, placement: Any) -> tuple[Callable[[int, str], Any], Callable[[int, str], Any]]:
+    """What makes rollout actor and reward actor number ``index`` under a name."""
     from actors.rollout import remote_class as rollout_class
     from cluster.weights import ObjectStoreTransport
     from reward.actor import remote_class as reward_class
@@ -227,9 +235,7 @@ def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack
             grader=config.reward.grader,
         )
 
-    reporter.phase(None, "starting actors")
-    learner = _start_learner(config, placement, stack)
-    return learner, start_rollouts(config, folder, learner, make_rollout, make_reward, stack, reporter)
+    return make_rollout, make_reward
 
 
 def start_rollouts(
@@ -240,9 +246,10 @@ def start_rollouts(
     make_reward: Callable[[int, str], Any],
     stack: ExitStack,
     reporter: Any,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner are
-    ready; raises ClusterError past the start limit."""
+    """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner (None: an
+    evaluation has none) are ready; raises ClusterError past the start limit."""
     from cluster.placement import wait_ready
     from cluster.pool import ActorPool, Supervision
     from cluster.scale import Desk
@@ -272,7 +279,8 @@ def start_rollouts(
     rollouts = pool("rollout", make_rollout, actors.count, serves_weights=True)
     rewards = pool("reward", make_reward, config.reward.count, serves_weights=False)
     wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
-    learner.places = wait_ready(learner.start(start_s), start_s, "learner")
+    if learner:
+        learner.places = wait_ready(learner.start(start_s), start_s, "learner")
     ahead = config.rollout.max_staleness > 0
     limits = Limits(
         rollout_s=actors.timeout_s,
@@ -283,7 +291,12 @@ def start_rollouts(
         in_flight=actors.max_batch if ahead else 1,
         units=4 if ahead else 1,
     )
-    desk = Desk(folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places, reporter.say)
+    desk = Desk(folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say)
+
+    def tick() -> None:
+        desk.tick()
+        on_tick()
+
     return Collector(
         rollouts,
         rewards,
@@ -291,7 +304,7 @@ def start_rollouts(
         seed=config.run.seed,
         score_truncated=config.reward.score_truncated,
         on_event=reporter.say,
-        on_tick=desk.tick,
+        on_tick=tick,
     )
 
 
