@@ -71,8 +71,8 @@ def draw(raw, sampled, uniform, temperature):
 
 
 def choose(candidates, quota, decoding, lottery=None):
-    """Positions to reveal; ``candidates`` maps each masked position to (confidence, entropy), ``lottery`` to what orders
-    them at random."""
+    """Positions to reveal; ``candidates`` maps each masked position to (confidence, entropy), ``lottery`` each to the
+    number that a random order sorts by."""
     if decoding.order == "sub_blocks":
         part = min(candidates) // decoding.sub_block
         candidates = {p: c for p, c in candidates.items() if p // decoding.sub_block == part}

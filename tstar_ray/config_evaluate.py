@@ -1,6 +1,6 @@
 """Settings of an evaluation: which model, on what, decoded how. Imports no torch, ray or vllm.
 
-    data sets x block sizes x strategies (x thresholds, tokens per step or bounds) x reveal orders = cells
+data sets x block sizes x strategies (x thresholds, tokens per step or bounds) x reveal orders = cells
 """
 
 from __future__ import annotations

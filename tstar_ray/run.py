@@ -291,7 +291,9 @@ def start_rollouts(
         in_flight=actors.max_batch if ahead else 1,
         units=4 if ahead else 1,
     )
-    desk = Desk(folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say)
+    desk = Desk(
+        folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say
+    )
 
     def tick() -> None:
         desk.tick()

@@ -99,9 +99,9 @@ def view(
         before = prompt % block_size
         decoded = before + len(steps)
         blocks = -(-decoded // block_size)
-        padded = np.zeros(blocks * block_size, dtype=np.int64)
-        padded[before:decoded] = steps
-        padded = padded.reshape(blocks, block_size)
+        flat = np.zeros(blocks * block_size, dtype=np.int64)
+        flat[before:decoded] = steps
+        padded = flat.reshape(blocks, block_size)
         # Every step reveals something, so the steps of a block are consecutive numbers.
         first = np.where(padded > 0, padded, np.iinfo(np.int64).max).min(axis=1)
         local = padded - first[:, None]
@@ -131,6 +131,8 @@ def sub_blocks(reveals: Reveals, size: int = 4) -> Reveals:
     That is the order of a decoder with blocks of ``size`` on the same text, as far as these step maps tell: tokens of
     one sub-block that came together come together. Blocks no larger than ``size`` stay as they are.
     """
+    if reveals.block_size <= size:
+        return reveals
     step_KB = reveals.step_KB
     moved = np.full_like(step_KB, ABSENT)
     done_K = np.zeros(len(step_KB), dtype=np.int64)

@@ -1,12 +1,13 @@
 """What scores mean: intervals, pass@k, the accuracy-parallelism area, and how stable a training was. Pure functions.
 
-    verdicts of samples ──► mean with interval (problems are clusters), pass@k
-    (TPF, accuracy) of several settings ──► AUP, the frontier
-    accuracy and TPF over updates and seeds ──► drawdown, spikes, "faster but worse"
+verdicts of samples ──► mean with interval (problems are clusters), pass@k
+(TPF, accuracy) of several settings ──► AUP, the frontier
+accuracy and TPF over updates and seeds ──► drawdown, spikes, "faster but worse"
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def aup(points: Sequence[tuple[float, float]], *, best: float | None = None) -> 
         return y * min(math.exp(-3 * (1 - y / top)), 1.0) if top > 0 else 0.0
 
     area = kept[0][0] * kept[0][1]
-    for (tpf_a, y_a), (tpf_b, y_b) in zip(kept, kept[1:]):
+    for (tpf_a, y_a), (tpf_b, y_b) in itertools.pairwise(kept):
         area += (tpf_b - tpf_a) * (weighted(y_a) + weighted(y_b)) / 2
     return area
 
@@ -124,7 +125,7 @@ def drift(accuracy: Sequence[float], tpf: Sequence[float], *, window: int = 5) -
     return Drift(
         accuracy=float(last.mean() - first.mean()),
         error=error,
-        tpf_ratio=float(np.mean(tpf[-size:]) / max(np.mean(tpf[:size]), 1e-12)),
+        tpf_ratio=float(np.mean(tpf[-size:])) / max(float(np.mean(tpf[:size])), 1e-12),
     )
 
 
