@@ -178,8 +178,9 @@ def _report_run(folder: Path, console: Console) -> dict[str, Any]:
     table = _table(f"{run.name}: decoding schedule, first and last updates of each stage", "updates")
     for stage in stages:
         window = max(1, min(_WINDOW, len(stage.updates) // 2))
-        table.add_row(f"{stage.name}, updates {_span(stage.updates[:window])}", *_cells(stage.start))
-        table.add_row(f"{stage.name}, updates {_span(stage.updates[-window:])}", *_cells(stage.end), end_section=True)
+        ends = ((stage.updates[:window], stage.start), (stage.updates[-window:], stage.end))
+        for updates, schedule in ends:
+            table.add_row(f"{stage.name} {_span(updates)}", *_cells(schedule), end_section=schedule is stage.end)
     console.print(table)
     return {"run": run.name, "stages": [stage.to_dict() for stage in stages]}
 
@@ -217,7 +218,7 @@ def _report_evaluation(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, min_width=14)
     for name, _ in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
