@@ -1,0 +1,93 @@
+"""Figures in the page's colours: drawn once in the light theme's, then inlined with CSS variables in their place."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1d2330", "#6b7484", "#e2e6ec"
+SERIES = ("#2f6bd8", "#d8662a", "#14916a", "#9a48c8", "#c93a55", "#8a7a12")
+"""Blue, orange, green, purple, red, olive: apart in luminance too."""
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
+
+HEAT = LinearSegmentedColormap.from_list("heat", [(0.18, 0.42, 0.85, 0.0), (0.18, 0.42, 0.85, 1.0)])
+"""Transparent to blue, so that it stands on any background."""
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def style(name: str) -> matplotlib.rc_context:
+    """Draw a figure of this name inside it; ids in its SVG are its own, and the same every time."""
+    return matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})
+
+
+def inline(figure: Figure, name: str) -> str:
+    """The figure as an SVG element whose colours are the page's variables."""
+    with style(name):
+        text = _svg(figure, transparent=True)
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
+    text = re.sub(r"font: ((?:bold )?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", text)
+    # Ids of several figures share one page.
+    text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'<svg ([^>]*?)width="[^"]+" ?', r'<svg role="img" \1', text, count=1).replace(
+        'height="', 'data-height="', 1
+    )
+
+
+def save(figure: Figure, name: str, folder: Path) -> None:
+    """Write NAME.svg and NAME.png on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style(name):
+        (folder / f"{name}.svg").write_text(_svg(figure, transparent=False), encoding="utf-8")
+        figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white", bbox_inches="tight")
+
+
+def _svg(figure: Figure, *, transparent: bool) -> str:
+    target = io.StringIO()
+    figure.savefig(
+        target,
+        format="svg",
+        bbox_inches="tight",
+        pad_inches=0.04,
+        transparent=transparent,
+        facecolor="none" if transparent else "white",
+        metadata={"Date": None},
+    )
+    return target.getvalue()
