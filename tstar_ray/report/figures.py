@@ -52,6 +52,9 @@ def curves(run: RunFolder) -> Figure:
             if share:
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
             axes.margins(x=0.02)
+            if name in ("learner/kl", "rollout/truncated"):
+                # Often zero throughout: show that as zero, not as noise around it.
+                axes.set_ylim(0, max(0.01, axes.get_ylim()[1]))
         return figure
 
 
@@ -87,7 +90,7 @@ def _held_out(axes: Axes, run: RunFolder, name: str) -> None:
 def pareto(scores: Sequence[BlockScores]) -> Figure:
     """Accuracy against tokens per forward: hollow the start model, filled the trained one, an arrow for each block."""
     with style("pareto"):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.9), layout="constrained")
         axes = figure.subplots()
         for index, row in enumerate(scores):
             colour = SERIES[index % len(SERIES)]

@@ -56,9 +56,7 @@ def write_run_report(folder: Path, *, traces: bool = True) -> Path:
 
 def save_figures(made: Mapping[str, Figure], folder: Path) -> dict[str, Markup]:
     """Write the figures as SVG and PNG; returns them for the page."""
-    for name, figure in made.items():
-        theme.save(figure, name, folder)
-    return {name: Markup(theme.inline(figure, name)) for name, figure in made.items()}
+    return {name: Markup(theme.inline(theme.save(figure, name, folder), name)) for name, figure in made.items()}
 
 
 def render(template: str, **values: Any) -> str:

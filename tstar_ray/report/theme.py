@@ -53,41 +53,31 @@ def style(name: str) -> matplotlib.rc_context:
     return matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})
 
 
-def inline(figure: Figure, name: str) -> str:
-    """The figure as an SVG element whose colours are the page's variables."""
+def save(figure: Figure, name: str, folder: Path) -> str:
+    """Write NAME.svg and NAME.png on white; returns the SVG for `inline`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = io.StringIO()
     with style(name):
-        text = _svg(figure, transparent=True)
-    text = text[text.index("<svg") :]
+        figure.savefig(target, format="svg", bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
+    (folder / f"{name}.svg").write_text(target.getvalue(), encoding="utf-8")
+    return target.getvalue()
+
+
+def inline(svg: str, name: str) -> str:
+    """An SVG element without background, whose colours are the page's variables."""
+    text = svg[svg.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub("#ffffff", "none", text, flags=re.IGNORECASE)
     for colour, variable in _VARIABLES.items():
         text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
-    text = re.sub(r"font: ((?:bold )?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: var(--sans)", text)
+    text = re.sub(r"font: ((?:bold |\d+ )?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", text)
     # Ids of several figures share one page.
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return re.sub(r'<svg ([^>]*?)width="[^"]+" ?', r'<svg role="img" \1', text, count=1).replace(
-        'height="', 'data-height="', 1
-    )
-
-
-def save(figure: Figure, name: str, folder: Path) -> None:
-    """Write NAME.svg and NAME.png on white."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with style(name):
-        (folder / f"{name}.svg").write_text(_svg(figure, transparent=False), encoding="utf-8")
-        figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white", bbox_inches="tight")
-
-
-def _svg(figure: Figure, *, transparent: bool) -> str:
-    target = io.StringIO()
-    figure.savefig(
-        target,
-        format="svg",
-        bbox_inches="tight",
-        pad_inches=0.04,
-        transparent=transparent,
-        facecolor="none" if transparent else "white",
-        metadata={"Date": None},
-    )
-    return target.getvalue()
+    # The page sets the width, the view box the shape.
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    return f'{head} role="img">{rest}'

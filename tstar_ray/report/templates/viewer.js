@@ -101,11 +101,11 @@
     $("first").disabled = $("back").disabled = step === 0;
     $("last").disabled = $("next").disabled = step === last;
   }
-  function pause() { clearInterval(timer); timer = 0; $("play").textContent = "▶"; $("play").setAttribute("aria-label", "Play"); }
+  function pause() { clearInterval(timer); timer = 0; $("play").textContent = "Play"; $("play").setAttribute("aria-label", "Play"); }
   function play() {
     if (timer) return pause();
     if (step === last) go(0);
-    $("play").textContent = "❚❚"; $("play").setAttribute("aria-label", "Pause");
+    $("play").textContent = "Pause"; $("play").setAttribute("aria-label", "Pause");
     timer = setInterval(() => { go(step + 1); if (step === last) pause(); }, Math.max(60, Math.min(450, 9000 / last)));
   }
   function stepTo(to) { pause(); go(to); }
