@@ -1,4 +1,4 @@
-"""Run folders made by hand for tests of the report: two stages, held-out scores, traces over the embedded vocabulary."""
+"""Run folders made by hand for tests of the report: two stages, held-out scores, traces of the embedded vocabulary."""
 
 import json
 from pathlib import Path

@@ -81,7 +81,19 @@ def launch(config: Config) -> int:
             return 130
         reporter.table(result.before, result.after)
         reporter.say(f"trained model: {folder / 'final'}")
+        if config.run.report:
+            add_report(folder, reporter.say)
         return 0
+
+
+def add_report(folder: Path, say: Callable[[str], None]) -> None:
+    """Write the run's HTML report. The run has ended well: whatever goes wrong here is said, and no more."""
+    try:
+        from tstar_ray.report import write_run_report
+
+        say(f"report: {write_run_report(folder)}")
+    except Exception as error:
+        say(f"no report ({type(error).__name__}: {error}); try python -m tstar_ray.report {folder}")
 
 
 def replay_update(config: Config, traces: Path) -> int:

@@ -16,6 +16,7 @@ from tstar_ray.report.experiment import arm_rows, arm_stability
 from tstar_ray.report.figures import smooth
 from tstar_ray.report.summary import block_scores, stability
 from tstar_ray.report.viewer import PROBLEMS, UPDATES, load_decoder, viewer_data
+from tstar_ray.run import add_report
 from tstar_ray.run_folder import read_run
 from tstar_ray.traces import read_traces
 
@@ -185,3 +186,15 @@ def test_a_run_without_updates_or_traces(tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no update yet"):
         write_run_report(run)
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path):
+    said = []
+    add_report(tmp_path, said.append)
+    assert len(said) == 1
+    assert said[0].startswith("no report (ConfigError: ")
+    run = make_run(tmp_path / "r")
+    (run / "traces" / "update-00003.parquet").write_bytes(b"damaged")
+    add_report(run, said.append)
+    assert said[1].startswith("no report (ArrowInvalid: ")
+    assert f"python -m tstar_ray.report {run}" in said[1]

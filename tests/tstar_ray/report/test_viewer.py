@@ -33,7 +33,8 @@ def browser():
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000"):
+    size, still = "--window-size=1200,1000", "--force-prefers-reduced-motion"  # no animated scrolling
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", size, still):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -62,7 +63,12 @@ class Page:
         return found
 
     def click(self, css):
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.one(css))
         self.one(css).click()
+
+    def show(self):
+        """Scroll to the traces; keys act on them only while they are in view."""
+        self.driver.execute_script("document.getElementById('traces').scrollIntoView()")
 
     def press(self, key):
         self.one("body").send_keys(key)
@@ -128,7 +134,7 @@ def test_an_answer_is_stepped_through_by_keys_and_slider(page):
     from selenium.webdriver.common.keys import Keys
 
     steps = page.shown().step_map
-    page.one("#t-answer").location_once_scrolled_into_view  # noqa: B018  (scrolls)
+    page.show()
     page.press(Keys.HOME)
     assert page.there() == []
     page.press(Keys.ARROW_RIGHT)
@@ -207,7 +213,7 @@ def test_update_problem_and_sample_are_chosen(page):
         assert f"B={t.block_size} · {t.completion_len} tokens in {t.step_map.max()} steps" in page.one("#t-info").text
         seen.add(page.one("#t-answer").text)
     assert len(seen) == 5
-    page.one("#t-answer").location_once_scrolled_into_view  # noqa: B018  (scrolls)
+    page.show()
     page.press("[")
     assert page.one("#t-update option:checked").text.startswith("7 ")
 
