@@ -225,7 +225,7 @@ def test_light_and_dark(page):
     before = ground()
     page.click("#theme")
     assert ground() != before
-    line = page.one("figure svg [id='curves-text_1'] text, figure svg [id='curves-text_1']")
+    line = page.one("g[id='curves-text_1'] text")
     inks = [line.value_of_css_property("fill")]
     page.click("#theme")
     assert ground() == before
