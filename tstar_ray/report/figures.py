@@ -218,12 +218,12 @@ def arms_pareto(arms: Mapping[str, Sequence[Sequence[BlockScores]]]) -> Figure:
                 means.append((float(np.mean(x)), float(np.mean(y)), block))
             if means:
                 axes.plot(*zip(*[(x, y) for x, y, _ in means]), "o-", color=colour, markersize=8, label=arm)
-            for x, y, block in means:
-                axes.annotate(f"{block}", (x, y), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+            for tpf, accuracy, block in means:
+                axes.annotate(f"{block}", (tpf, accuracy), (6, 5), textcoords="offset points", fontsize=8, color=colour)
         for block, score in starts.items():
-            y = 100 * score.accuracy
-            axes.plot(score.tpf, y, "o", color=MUTED, markerfacecolor="none", markersize=8)
-            axes.annotate(f"{block}", (score.tpf, y), (6, -10), textcoords="offset points", fontsize=8, color=INK)
+            at = (score.tpf, 100 * score.accuracy)
+            axes.plot(*at, "o", color=MUTED, markerfacecolor="none", markersize=8)
+            axes.annotate(f"{block}", at, (6, -10), textcoords="offset points", fontsize=8, color=INK)
         axes.plot([], [], "o", color=MUTED, markerfacecolor="none", label="start model")
         axes.set_xlabel("tokens per forward (without commits)")
         axes.set_ylabel("held-out accuracy (%)")

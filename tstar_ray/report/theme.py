@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
@@ -48,9 +50,10 @@ _STYLE = {
 }
 
 
-def style(name: str) -> matplotlib.rc_context:
+def style(name: str) -> AbstractContextManager[None]:
     """Draw a figure of this name inside it; ids in its SVG are its own, and the same every time."""
-    return matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})
+    settings: Any = _STYLE | {"svg.hashsalt": name}
+    return matplotlib.rc_context(settings)
 
 
 def save(figure: Figure, name: str, folder: Path) -> str:

@@ -46,7 +46,8 @@ def viewer_data(run: RunFolder, decode: Decode) -> dict[str, Any]:
             texts.append(decode([token]))
         return table[token]
 
-    chosen, tokens = [], 0
+    chosen: list[dict[str, Any]] = []
+    tokens = 0
     for update, stage in _updates(run):
         path = run.traces(update)
         assert path is not None, "only updates with traces are chosen"
