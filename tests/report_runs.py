@@ -41,6 +41,7 @@ def make_run(
                 "learner/entropy": 0.4,
                 "learner/grad_norm": 1.0 if update != 2 else 9.0,
                 "learner/clip_fraction": 0.01,
+                "learner/forwarded_tokens": 1000.0,
                 "seconds/update": 30.0,
                 "verdict/correct": 4,
                 "verdict/wrong": 4,

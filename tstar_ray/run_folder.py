@@ -51,6 +51,11 @@ class RunFolder:
         return self.folder.name
 
     @property
+    def samples(self) -> int:
+        """Verifications of all updates, replaced samples included."""
+        return sum(int(v) for r in self.updates for k, v in r.items() if k.startswith("verdict/"))
+
+    @property
     def stages(self) -> tuple[StageSpan, ...]:
         """Stages with at least one update, in order."""
         spans = []

@@ -44,6 +44,10 @@ class ArmStability:
     """Those that have ended."""
     updates: float
     """Mean number of updates."""
+    samples: float
+    """Mean over seeds of the samples that were decoded and verified for training."""
+    learner_tokens: float
+    """Mean over seeds of the tokens the learner forwarded."""
     drawdown: float
     """Mean over seeds of the largest fall within any stage."""
     kl_spikes: float
@@ -84,6 +88,8 @@ def arm_stability(arms: Mapping[str, Sequence[RunFolder]]) -> list[ArmStability]
                 seeds=len(runs),
                 ended=sum(run.result is not None for run in runs),
                 updates=fmean(len(run.updates) for run in runs),
+                samples=fmean(run.samples for run in runs),
+                learner_tokens=fmean(sum(run.series("learner/forwarded_tokens")[1]) for run in runs),
                 drawdown=fmean(max((s.drawdown for s in found), default=0.0) for found in stages),
                 kl_spikes=fmean(sum(s.kl_spikes for s in found) for found in stages),
                 grad_spikes=fmean(sum(s.grad_spikes for s in found) for found in stages),

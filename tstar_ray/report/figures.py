@@ -203,7 +203,7 @@ def arms_over_updates(arms: Mapping[str, Sequence[RunFolder]]) -> Figure:
 def arms_pareto(arms: Mapping[str, Sequence[Sequence[BlockScores]]]) -> Figure:
     """Trained models of every arm and seed in the accuracy-TPF plane; large marks are means over seeds."""
     with style("armspareto"):
-        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
         axes, starts = figure.subplots(), {}
         for index, (arm, seeds) in enumerate(arms.items()):
             colour, means = SERIES[index % len(SERIES)], []

@@ -98,14 +98,13 @@ def changed_settings(config: Config) -> list[tuple[str, str]]:
 def _headline(run: RunFolder) -> list[tuple[str, str]]:
     """A few facts for the top of the page."""
     seconds = sum(r.get("seconds/update", 0.0) for r in run.updates)
-    samples = sum(sum(v for k, v in r.items() if k.startswith("verdict/")) for r in run.updates)
     curriculum = run.config.curriculum
     return [
         ("model", run.config.model.path),
         ("curriculum", "stages" if curriculum.stages else curriculum.mode),
         ("blocks", " → ".join(dict.fromkeys(str(s.stage.train_block) for s in run.stages))),
         ("updates", str(len(run.updates))),
-        ("samples", f"{samples:,}"),
+        ("samples", f"{run.samples:,}"),
         ("time in updates", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"),
         ("seed", str(run.config.run.seed)),
     ]

@@ -155,6 +155,7 @@ def test_an_experiment_compares_arms_over_seeds(tmp_path):
     found = {s.arm: s for s in arm_stability(runs)}
     assert (found["tstar"].alarms, found["direct"].alarms) == (0, 1)
     assert (found["tstar"].seeds, found["tstar"].grad_spikes) == (2, 1)
+    assert (found["tstar"].samples, found["tstar"].learner_tokens) == (64, 8000)
     assert found["direct"].drawdown == pytest.approx(0.3)
     page = write_experiment_report(arms, tmp_path / "all", title="A <comparison>").read_text()
     assert "A &lt;comparison&gt;" in page
