@@ -44,7 +44,7 @@ from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import BlockDiffusionLM
 from tstar_ray.trajectory import Request, Trajectory
-from tstar_ray.unmask import choose, draw, uniforms
+from tstar_ray.unmask import choose, draw, lottery, uniforms
 from tstar_ray.weights import Proof, checksum, flatten, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
@@ -339,12 +339,17 @@ class TorchEngine:
         entropy_SB = torch.zeros(masked.shape, device=device)
         confidence_SB.view(-1)[dense_M] = confidence
         entropy_SB.view(-1)[dense_M] = entropy
+        lottery_SB = None
+        if decoding.order == "random":
+            lottery_SB = torch.zeros(masked.shape, device=device)
+            lottery_SB.view(-1)[dense_M] = lottery(seed_M, position_M)
         reveal_SB = choose(
             torch.from_numpy(masked).to(device),
             confidence_SB,
             entropy_SB,
             torch.from_numpy(quota).to(device),
             decoding,
+            lottery_SB,
         )
         reveal_M = reveal_SB.view(-1)[dense_M]
         slots.ids.view(-1)[state_M] = torch.where(reveal_M, token, self._model.mask_id)

@@ -35,18 +35,19 @@ class Placement:
     """What a user should know."""
 
 
-def plan(config: Config, resources: Mapping[str, float]) -> Placement:
+def plan(config: Config, resources: Mapping[str, float], *, with_learner: bool = True) -> Placement:
     """Fit the actors of a run into a cluster's resources; raises ClusterError."""
     actors, reward, learner = config.actors, config.reward, config.learner
-    gpus = actors.count * actors.gpus + learner.ranks * learner.gpus
+    ranks = learner.ranks if with_learner else 0
+    gpus = actors.count * actors.gpus + ranks * learner.gpus
     have_gpus = resources.get("GPU", 0.0)
     if gpus > have_gpus and not config.cluster.autoscaling:
         raise ClusterError(
-            f"{gpus:g} GPUs asked ({actors.count} rollout actors x actors.gpus={actors.gpus:g} + {learner.ranks} "
+            f"{gpus:g} GPUs asked ({actors.count} rollout actors x actors.gpus={actors.gpus:g} + {ranks} "
             f"learner ranks x learner.gpus={learner.gpus:g}), the cluster has {have_gpus:g}; lower one of them, "
             "join a larger cluster with cluster.address, or set cluster.autoscaling=true if nodes join on demand"
         )
-    cpus = actors.count * actors.cpus + reward.count * reward.cpus + learner.ranks * learner.cpus
+    cpus = actors.count * actors.cpus + reward.count * reward.cpus + ranks * learner.cpus
     have_cpus = resources.get("CPU", 0.0)
     if have_cpus <= 0:
         raise ClusterError("the cluster has no CPU resource to place actors on")

@@ -70,8 +70,21 @@ def draw(raw, sampled, uniform, temperature):
     raise AssertionError("a uniform below 1 always meets a token")
 
 
-def choose(candidates, quota, decoding):
-    """Positions to reveal; ``candidates`` maps each masked position to (confidence, entropy)."""
+def choose(candidates, quota, decoding, lottery=None):
+    """Positions to reveal; ``candidates`` maps each masked position to (confidence, entropy), ``lottery`` each to the
+    number that a random order sorts by."""
+    if decoding.order == "sub_blocks":
+        part = min(candidates) // decoding.sub_block
+        candidates = {p: c for p, c in candidates.items() if p // decoding.sub_block == part}
+    chosen = choose_by_strategy(candidates, quota, decoding)
+    if decoding.order == "left_to_right":
+        return sorted(candidates)[: len(chosen)]
+    if decoding.order == "random":
+        return sorted(sorted(candidates, key=lambda p: (-lottery[p], p))[: len(chosen)])
+    return chosen
+
+
+def choose_by_strategy(candidates, quota, decoding):
     positions = sorted(candidates)
     if decoding.strategy == "sequential":
         return positions[:quota]
@@ -154,7 +167,7 @@ def decode(twin, model, prompt, decoding, seed):
             base, extra = divmod(b, decoding.steps)
             quota = base + (min(within, decoding.steps - 1) < extra)
             within += 1
-            drawn, candidates = {}, {}
+            drawn, candidates, lottery = {}, {}, {}
             for p in [p for p in range(b) if block[p] == mask]:
                 raw = log_softmax(logits[p], 1.0, banned)
                 density = raw if decoding.temperature == 0 else log_softmax(logits[p], decoding.temperature, banned)
@@ -166,8 +179,9 @@ def decode(twin, model, prompt, decoding, seed):
                 ranking = sampled if decoding.confidence == "sampled" and decoding.temperature else raw
                 finite = raw[raw > -np.inf]
                 drawn[p] = (token, density[token])
+                lottery[p] = uniforms(torch.tensor(seed), torch.tensor(start + p), torch.tensor(-1)).item()
                 candidates[p] = (math.exp(ranking[token]), -(np.exp(finite) * finite).sum())
-            for p in choose(candidates, quota, decoding):
+            for p in choose(candidates, quota, decoding, lottery):
                 block[p] = drawn[p][0]
                 revealed[p] = (step, drawn[p][1])
         for p in sorted(revealed):

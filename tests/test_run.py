@@ -29,6 +29,7 @@ SMALL = [
     "eval.problems=12",
     "eval.every=0",
     "run.checkpoint_every=1",
+    "run.report=false",
 ]
 
 
@@ -73,6 +74,7 @@ def full(tmp_path_factory):
         "reward.count=2",
         "learner.ranks=2",
         "learner.steps_per_update=2",
+        "run.report=true",
     )
     return folder, output
 
@@ -213,6 +215,15 @@ def test_outputs_open_with_plain_tools(full):
     assert {"learner/loss", "learner/entropy", "rollout/tpf", "seconds/train", "idle/learner"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_a_run_ends_with_a_report_of_itself(full):
+    folder, output = full
+    assert f"report: {folder / 'report.html'}" in output
+    page = (folder / "report.html").read_text()
+    data = json.loads(page.partition('id="t-data">')[2].partition("</script>")[0])
+    assert [u["stage"] for u in data["updates"]] == ["b4", "b4", "b4-8", "b8", "b8"]
+    assert (folder / "figures" / "pareto.png").is_file()
 
 
 def test_a_folder_that_holds_a_run_is_refused(full):

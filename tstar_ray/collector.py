@@ -108,6 +108,11 @@ class Batch:
         """Every group is complete or failed."""
         return not self._open
 
+    @property
+    def left(self) -> int:
+        """Groups that are neither complete nor failed."""
+        return len(self._open)
+
     def _close(self) -> None:
         self.found.groups = [self._complete[i] for i in self.order if i in self._complete]
         self.found.rollout_s = self._rolled - self._began

@@ -44,6 +44,8 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     save_traces: bool = True
     """Write every update's trajectories as Parquet."""
+    report: bool = True
+    """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 
     @field_validator("name")
     @classmethod

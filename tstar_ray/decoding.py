@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 Strategy = Literal["dynamic", "static", "sequential", "entropy"]
 ConfidenceSource = Literal["raw", "sampled"]
+Order = Literal["learned", "left_to_right", "random", "sub_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,16 @@ class Decoding:
     confidence: ConfidenceSource = "raw"
     """Confidence of a sampled token: its probability under the plain softmax at temperature 1 (``raw``), or
     under the tempered and truncated distribution it was drawn from (``sampled``)."""
+    order: Order = "learned"
+    """Which masked positions a step reveals, once the strategy has said how many: those it ranks first (``learned``),
+    the leftmost, or a random order fixed by the sample's seed. ``sub_blocks`` applies the strategy within the leftmost
+    unfinished sub-block, as a decoder with smaller blocks does. All but ``learned`` are for ablations."""
+    sub_block: int = 4
+    """Size of those sub-blocks."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("strategy", get_args(Strategy)), ("confidence", get_args(ConfidenceSource))):
+        names = {"strategy": Strategy, "confidence": ConfidenceSource, "order": Order}
+        for name, allowed in ((name, get_args(kind)) for name, kind in names.items()):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.block_size < 1:
@@ -51,6 +59,9 @@ class Decoding:
             raise ValueError(
                 f"temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), top_p={self.top_p} (in (0, 1])"
             )
+
+        if self.order == "sub_blocks" and (self.sub_block < 1 or self.block_size % self.sub_block):
+            raise ValueError(f"sub_block={self.sub_block}; must divide block_size={self.block_size}")
 
     @property
     def steps(self) -> int:
@@ -71,4 +82,10 @@ class Decoding:
             "entropy": f"entropy <= {self.entropy_bound:g}",
         }[self.strategy]
         sampling = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
-        return f"B={self.block_size}, {rule}, {sampling}, at most {self.max_new_tokens} new tokens"
+        order = {
+            "learned": "",
+            "left_to_right": ", forced left to right",
+            "random": ", forced random order",
+            "sub_blocks": f", forced in sub-blocks of {self.sub_block}",
+        }[self.order]
+        return f"B={self.block_size}, {rule}{order}, {sampling}, at most {self.max_new_tokens} new tokens"

@@ -1,14 +1,36 @@
-"""Held-out accuracy and tokens per forward, with the decoding settings they were measured with."""
+"""Held-out accuracy and tokens per forward, with the decoding settings they were measured with.
+
+    python -m tstar_ray.evaluate model.path=runs/NAME data=[gsm8k,math500] grid.blocks=[4,8,16]
+    python -m tstar_ray.evaluate model.path=CHECKPOINT grid.strategies=[dynamic,static] grid.thresholds=[0.8,0.9,0.95]
+    python -m tstar_ray.evaluate model.path=runs/NAME grid.orders=[learned,left_to_right,random,sub_blocks]
+    python -m tstar_ray.evaluate --config FILE grid.temperature=1 grid.samples=8
+
+Every combination is a cell; finished cells are kept in the folder, so that the same command goes on after any stop, and
+a wider grid measures only what is new. Runs on rollout and reward actors as training does, without a learner: the
+driver publishes the checkpoint's weights, and every actor proves them.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tstar_ray.config import ConfigError
+from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding
+from tstar_ray.scores import wilson_interval
+from tstar_ray.settings import load_settings, to_yaml
 from tstar_ray.trajectory import Group, tokens_per_forward
+
+if TYPE_CHECKING:
+    from tstar_ray.collector import Collection, Collector
+    from tstar_ray.data import PromptedProblem
+    from tstar_ray.grid import CellResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +84,110 @@ def summarise(groups: Sequence[Group], decoding: Decoding, *, unscored: int) -> 
     )
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), 95 % by default; (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    p = successes / trials
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped; finished cells are kept."""
+    from cluster.session import ClusterError
+
+    parser = argparse.ArgumentParser(
+        prog="python -m tstar_ray.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_settings(EvaluateConfig, arguments.config, arguments.settings)
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        evaluate(config)
+    except (ConfigError, ClusterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the cells that are left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> list[CellResult]:
+    """Score every cell of a grid, print the table, write results.json and results.parquet; returns the results.
+
+    Raises ConfigError and ClusterError.
+    """
+    from cluster.placement import plan
+    from cluster.session import connect
+    from cluster.weights import ObjectStoreTransport
+    from tstar_ray.eval_view import EvaluationView
+    from tstar_ray.grid import Store, grid_cells, load_data_set, run_cells, write_results
+    from tstar_ray.model import inspect_checkpoint, load_checkpoint
+    from tstar_ray.run import actor_makers, start_rollouts
+    from tstar_ray.weights import flatten
+
+    run, folder = config.as_run(), config.resolve_folder()
+    try:
+        tokenizer, stop_ids = inspect_checkpoint(run.model.path, mask_token_id=run.model.mask_token_id)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    view = EvaluationView()
+    problems: dict[str, list[PromptedProblem]] = {}
+    for data in config.data:
+        problems[data.label], left_out = load_data_set(data, tokenizer)
+        view.say(
+            f"{data.label}: {len(problems[data.label])} problems"
+            + (f"; {left_out} left out as too long" if left_out else "")
+        )
+    cells = grid_cells(config.grid, list(problems), stop_ids)
+    store = Store(folder, save_traces=config.save_traces)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    view.say(f"model {run.model.path}; {len(cells)} cells; results in {folder}")
+    with ExitStack() as stack:
+        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
+        placement = plan(run, session.resources, with_learner=False)
+        import torch
+
+        dtype = getattr(torch, run.model.dtype)
+        loaded = load_checkpoint(run.model.path, mask_token_id=run.model.mask_token_id, dtype=dtype)
+        published = ObjectStoreTransport().publish(flatten(loaded.model), 0)
+        del loaded
+        stack.enter_context(view)
+        makers = actor_makers(run, placement)
+        collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
+        collector.serve(published)
+
+        def collect(asked: Mapping[int, PromptedProblem], decoding: Decoding, samples: int) -> Collection:
+            return _collect(collector, asked, decoding, samples, max_batch=run.actors.max_batch, view=view)
+
+        view.start(cells)
+        results = run_cells(
+            config, cells, problems, collect, store, checksum=published.checksum, began=view.began, ended=view.ended
+        )
+    write_results(folder, config, results)
+    view.table(results)
+    return results
+
+
+def _collect(
+    collector: Collector,
+    asked: Mapping[int, PromptedProblem],
+    decoding: Decoding,
+    samples: int,
+    *,
+    max_batch: int,
+    view: Any,
+) -> Collection:
+    """One cell on the actors, in units of a share of an engine's slots each."""
+    ids = list(asked)
+    # `Collector.dispatch` cuts what it is given into 4 units an actor.
+    size = 4 * collector.rollouts.count * max(1, max_batch // (4 * samples))
+    batch = None
+    for first in range(0, len(ids), size):
+        part = {i: asked[i] for i in ids[first : first + size]}
+        batch = collector.dispatch(part, decoding, group_size=samples, into=batch)
+    assert batch is not None
+    view.watch(batch)
+    return collector.finish(batch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

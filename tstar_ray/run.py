@@ -82,7 +82,19 @@ def launch(config: Config) -> int:
             return 130
         reporter.table(result.before, result.after)
         reporter.say(f"trained model: {folder / 'final'}")
+        if config.run.report:
+            add_report(folder, reporter.say)
         return 0
+
+
+def add_report(folder: Path, say: Callable[[str], None]) -> None:
+    """Write the run's HTML report. The run has ended well: whatever goes wrong here is said, and no more."""
+    try:
+        from tstar_ray.report import write_run_report
+
+        say(f"report: {write_run_report(folder)}")
+    except Exception as error:
+        say(f"no report ({type(error).__name__}: {error}); try python -m tstar_ray.report {folder}")
 
 
 def replay_update(config: Config, traces: Path) -> int:
@@ -212,6 +224,14 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
 
 def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:
     """Learner ranks, rollout actors and reward actors, all ready within the start limit."""
+    make_rollout, make_reward = actor_makers(config, placement)
+    reporter.phase(None, "starting actors")
+    learner = _start_learner(config, placement, stack)
+    return learner, start_rollouts(config, folder, learner, make_rollout, make_reward, stack, reporter)
+
+
+def actor_makers(config: Config, placement: Any) -> tuple[Callable[[int, str], Any], Callable[[int, str], Any]]:
+    """What makes rollout actor and reward actor number ``index`` under a name."""
     from actors.rollout import remote_class as rollout_class
     from cluster.weights import ObjectStoreTransport
     from reward.actor import remote_class as reward_class
@@ -231,9 +251,7 @@ def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack
             grader=config.reward.grader,
         )
 
-    reporter.phase(None, "starting actors")
-    learner = _start_learner(config, placement, stack)
-    return learner, start_rollouts(config, folder, learner, make_rollout, make_reward, stack, reporter)
+    return make_rollout, make_reward
 
 
 def start_rollouts(
@@ -244,9 +262,11 @@ def start_rollouts(
     make_reward: Callable[[int, str], Any],
     stack: ExitStack,
     reporter: Any,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner are
-    ready; raises ClusterError past the start limit. Under ``cluster.autoscaling`` the pools wait for theirs."""
+    """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner (None: an
+    evaluation has none) are ready; raises ClusterError past the start limit. Under ``cluster.autoscaling`` the pools
+    wait for theirs."""
     from cluster.placement import wait_ready
     from cluster.pool import ActorPool, Supervision
     from cluster.scale import Desk
@@ -278,7 +298,8 @@ def start_rollouts(
     rewards = pool("reward", make_reward, config.reward.count, serves_weights=False)
     if not config.cluster.autoscaling:
         wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
-    learner.places = wait_ready(learner.start(start_s), start_s, "learner")
+    if learner:
+        learner.places = wait_ready(learner.start(start_s), start_s, "learner")
     ahead = config.rollout.max_staleness > 0
     limits = Limits(
         rollout_s=actors.timeout_s,
@@ -289,7 +310,14 @@ def start_rollouts(
         in_flight=actors.max_batch if ahead else 1,
         units=4 if ahead else 1,
     )
-    desk = Desk(folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places, reporter.say)
+    desk = Desk(
+        folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say
+    )
+
+    def tick() -> None:
+        desk.tick()
+        on_tick()
+
     return Collector(
         rollouts,
         rewards,
@@ -297,7 +325,7 @@ def start_rollouts(
         seed=config.run.seed,
         score_truncated=config.reward.score_truncated,
         on_event=reporter.say,
-        on_tick=desk.tick,
+        on_tick=tick,
     )
 
 

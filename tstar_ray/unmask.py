@@ -17,6 +17,8 @@ import torch
 from tstar_ray.decoding import Decoding
 
 _MASK_63 = (1 << 63) - 1
+_LOTTERY_STEP = -1
+"""Step that no decoding has: its uniforms are the lottery of a random reveal order."""
 _PIECE = 128
 """Vocabulary entries summed together when a token is looked up."""
 
@@ -33,6 +35,11 @@ def uniforms(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor) -> 
     golden = -0x61C8864680B583EB
     bits = _mix(_mix(_mix(seed + golden) + position * golden) + step)
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def lottery(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """One number a position that stays the same in all steps, independent of what is drawn there; see `choose`."""
+    return uniforms(seed, position, torch.full_like(position, _LOTTERY_STEP))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +144,39 @@ def choose(
     entropy: torch.Tensor,
     quota: torch.Tensor,
     decoding: Decoding,
+    lottery: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which positions this step reveals.
 
     ``masked`` bool, ``confidence`` and ``entropy`` [S, B] (anything where not masked), ``quota`` [S] tokens
     due at least; returns bool [S, B], a subset of ``masked``, never empty in a row that has a mask. Ties go
     to the lowest position. ``quota`` never reaches past the masked positions (trap 16).
+
+    Under a forced order (`Decoding.order`) the strategy still says how many; ``lottery`` [S, B] ranks the positions of
+    a random one, highest first.
     """
+    if decoding.order == "sub_blocks":
+        part = torch.arange(masked.shape[-1], device=masked.device) // decoding.sub_block
+        first = part.expand_as(masked).masked_fill(~masked, masked.shape[-1]).amin(dim=-1, keepdim=True)
+        masked = masked & (part == first)
+    reveal = _by_strategy(masked, confidence, entropy, quota, decoding)
+    if decoding.order not in ("left_to_right", "random"):
+        return reveal
+    if decoding.order == "random":
+        assert lottery is not None, "a random order needs its lottery"
+        rank = _rank(lottery.masked_fill(~masked, -1.0))
+    else:
+        rank = masked.cumsum(dim=-1) - 1
+    return masked & (rank < reveal.sum(dim=-1, keepdim=True))
+
+
+def _by_strategy(
+    masked: torch.Tensor,
+    confidence: torch.Tensor,
+    entropy: torch.Tensor,
+    quota: torch.Tensor,
+    decoding: Decoding,
+) -> torch.Tensor:
     if decoding.strategy == "sequential":
         return masked & (masked.cumsum(dim=-1) <= quota[:, None])
     if decoding.strategy == "entropy":
@@ -152,11 +185,14 @@ def choose(
         within[:, 0] = True
         return torch.zeros_like(masked).scatter(-1, index, within) & masked
     score = confidence.masked_fill(~masked, -1.0)
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    reveal = rank < quota[:, None]
+    reveal = _rank(score) < quota[:, None]
     if decoding.strategy == "dynamic":
         reveal |= score > decoding.threshold
     return reveal & masked
+
+
+def _rank(score: torch.Tensor) -> torch.Tensor:
+    """Rank of each entry in its row, highest first, ties to the lowest index."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)

@@ -77,6 +77,24 @@ def test_trap_23_truncated_sampling_records_the_untruncated_density(model, twin,
         assert_equals_reference(trajectory, request, model, twin, decoding)
 
 
+@pytest.mark.parametrize("order", ["left_to_right", "random", "sub_blocks"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_forced_orders_decode_as_the_plain_reference_does(model, twin, name, order):
+    """The ablation of reveal orders: the same counts by the strategy, other positions, and tokens that follow."""
+    decoding = make_decoding(8, name, 0.8, order=order, sub_block=2)
+    requests = make_requests([3, 8, 13, 5], seed=6)
+    for request, trajectory in zip(requests, TorchEngine(model, max_batch=3).generate(requests, decoding)):
+        assert_equals_reference(trajectory.validate(), request, model, twin, decoding)
+        if order == "left_to_right":
+            blocks = (request_offset(trajectory) // 8).tolist()
+            steps = trajectory.step_map.tolist()
+            assert all(a <= b for a, b, x, y in zip(steps, steps[1:], blocks, blocks[1:]) if x == y)
+
+
+def request_offset(trajectory):
+    return trajectory.prompt_len + np.arange(len(trajectory.step_map))
+
+
 def rollouts(model, block, name="dynamic", temperature=1.0, count=24, **more):
     requests = make_requests([i % (2 * block + 1) for i in range(count)], seed=100 + block)
     return TorchEngine(model).generate(requests, make_decoding(block, name, temperature, **more))

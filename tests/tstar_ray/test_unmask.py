@@ -7,36 +7,44 @@ from reference import choose as plain_choose
 from reference import kept_by_truncation
 
 from tstar_ray.decoding import Decoding
-from tstar_ray.unmask import choose, draw, invert, truncate, uniforms
+from tstar_ray.unmask import choose, draw, invert, lottery, truncate, uniforms
 
 
 def decoding(**settings):
     return Decoding(**{"block_size": 8, "max_new_tokens": 8, "stop_ids": (0,)} | settings)
 
 
-def chosen(masked, confidence, entropy, quota, settings):
+def chosen(masked, confidence, entropy, quota, settings, lottery=None):
     found = choose(
-        torch.tensor([masked]), torch.tensor([confidence]), torch.tensor([entropy]), torch.tensor([quota]), settings
+        torch.tensor([masked]),
+        torch.tensor([confidence]),
+        torch.tensor([entropy]),
+        torch.tensor([quota]),
+        settings,
+        None if lottery is None else torch.tensor([lottery]),
     )
     return found[0].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("order", ["learned", "left_to_right", "random", "sub_blocks"])
 @pytest.mark.parametrize("strategy", ["static", "dynamic", "sequential", "entropy"])
-def test_choose_equals_a_plain_loop(strategy):
+def test_choose_equals_a_plain_loop(strategy, order):
     rng = np.random.default_rng(0)
-    settings = decoding(strategy=strategy, threshold=0.6, entropy_bound=1.0)
+    settings = decoding(strategy=strategy, threshold=0.6, entropy_bound=1.0, order=order, sub_block=4)
     for _ in range(500):
         masked = rng.random(8) < 0.6
         masked[rng.integers(8)] = True
         confidence = np.round(rng.random(8), 1).astype(np.float32)  # rounded, so that ties occur
         entropy = np.round(rng.random(8), 1).astype(np.float32)
         quota = int(rng.integers(0 if strategy == "dynamic" else 1, 9))
+        lottery = np.round(rng.random(8), 1).astype(np.float32)
         expected = plain_choose(
-            {p: (confidence[p], float(entropy[p])) for p in np.flatnonzero(masked)}, quota, settings
+            {p: (confidence[p], float(entropy[p])) for p in np.flatnonzero(masked)}, quota, settings, lottery
         )
-        if strategy == "entropy" and np.isclose(np.cumsum(np.sort(entropy[masked])), 1.0, atol=1e-6).any():
+        parts = (entropy[masked], entropy[:4][masked[:4]], entropy[4:][masked[4:]])
+        if strategy == "entropy" and any(np.isclose(np.cumsum(np.sort(p)), 1.0, atol=1e-6).any() for p in parts):
             continue  # the bound itself is met within rounding
-        assert chosen(masked, confidence, entropy, quota, settings) == sorted(expected)
+        assert chosen(masked, confidence, entropy, quota, settings, lottery) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,28 @@ def test_choose_equals_a_plain_loop(strategy):
 )
 def test_trap_21_dynamic_table(confidence, quota, threshold, expected):
     assert chosen([True] * 4, confidence, [0.0] * 4, quota, decoding(threshold=threshold)) == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("learned", [2, 5, 7]), ("left_to_right", [1, 2, 4]), ("random", [1, 4, 6]), ("sub_blocks", [2])],
+)
+def test_a_forced_order_reveals_as_many_as_the_strategy_says(order, expected):
+    """Positions 0 and 3 are there already; three confidences exceed 0.9, one of them in the leftmost sub-block."""
+    masked = [False, True, True, False, True, True, True, True]
+    confidence = [1.0, 0.1, 0.95, 1.0, 0.2, 0.99, 0.3, 0.92]
+    lottery = [0.99, 0.8, 0.1, 0.98, 0.9, 0.3, 0.7, 0.6]
+    settings = decoding(order=order, sub_block=4)
+    assert chosen(masked, confidence, [0.0] * 8, 1, settings, lottery) == expected
+
+
+def test_a_random_order_does_not_depend_on_what_is_drawn():
+    seed, position = torch.arange(2000) * 7 + 3, torch.arange(2000) % 16
+    orders = lottery(seed, position)
+    assert abs(float(orders.mean()) - 0.5) < 0.02
+    for step in range(1, 17):
+        other = uniforms(seed, position, torch.full_like(position, step))
+        assert abs(np.corrcoef(orders, other)[0, 1]) < 0.08
 
 
 def test_trap_16_revealed_positions_are_never_chosen():
@@ -83,6 +113,8 @@ def test_static_quotas_sum_to_the_block(steps, quotas):
         ({"block_size": 0}, "block_size=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
+        ({"order": "right"}, "order='right'; choose one of learned, left_to_right, random, sub_blocks"),
+        ({"order": "sub_blocks", "sub_block": 3}, "sub_block=3; must divide block_size=8"),
         ({"confidence": "logit"}, "confidence='logit'; choose one of raw, sampled"),
     ],
 )

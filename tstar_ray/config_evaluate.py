@@ -1,0 +1,199 @@
+"""Settings of an evaluation: which model, on what, decoded how. Imports no torch, ray or vllm.
+
+data sets x block sizes x strategies (x thresholds, tokens per step or bounds) x reveal orders = cells
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from tstar_ray.config import (
+    ARITHMETIC,
+    BOXED_PROMPT,
+    ActorsConfig,
+    ClusterConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+)
+from tstar_ray.config_base import Section
+
+PRESETS: dict[str, dict[str, Any]] = {
+    ARITHMETIC: {"source": ARITHMETIC},
+    "gsm8k": {"source": "openai/gsm8k", "subset": "main", "split": "test"},
+    "math500": {"source": "HuggingFaceH4/MATH-500", "split": "test", "question_field": "problem"},
+    "aime24": {"source": "HuggingFaceH4/aime_2024", "split": "train", "question_field": "problem"},
+}
+"""Names that stand for a data set on the hub; the built-in arithmetic needs none."""
+
+
+class DataSet(Section):
+    """One set of problems."""
+
+    name: str = ""
+    """Shown with every score; empty: the file's or hub data set's own name."""
+    source: str
+    """`arithmetic` (its held-out split), a .jsonl or .parquet file, or a hub data set."""
+    subset: str = ""
+    """Hub data sets: configuration name."""
+    split: str = "test"
+    """Hub data sets: split."""
+    question_field: str = "question"
+    """Column with the question."""
+    answer_field: str = "answer"
+    """Column with the final answer."""
+    answer_after: str = "####"
+    """Where the answer column holds the working too: the answer is what follows the last of these marks."""
+    prompt: str = ""
+    """Prompt with a {question} placeholder; empty: the bare question for `arithmetic`, else a request to reason step by
+    step and box the answer."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts are left out, and counted."""
+    limit: int = Field(0, ge=0)
+    """Use only the first so many problems; 0: all (512 of the built-in arithmetic)."""
+
+    @property
+    def label(self) -> str:
+        """What scores are shown under."""
+        return self.name or Path(self.source).stem
+
+    @property
+    def template(self) -> str:
+        """The prompt that is used."""
+        return self.prompt or ("{question}" if self.source == ARITHMETIC else BOXED_PROMPT)
+
+    def columns(self) -> DataConfig:
+        """How `tstar_ray.data` reads it."""
+        return DataConfig(
+            subset=self.subset,
+            question_field=self.question_field,
+            answer_field=self.answer_field,
+            answer_after=self.answer_after,
+        )
+
+
+class GridConfig(Section):
+    """How each problem is decoded: every combination is a cell with a score of its own."""
+
+    blocks: tuple[int, ...] = (4, 8, 16)
+    """Block sizes. 1 decodes as an autoregressive model does; one that holds prompt and answer is full-sequence masked
+    diffusion."""
+    strategies: tuple[Literal["dynamic", "static", "sequential", "entropy"], ...] = ("dynamic",)
+    """Unmasking strategies."""
+    thresholds: tuple[float, ...] = (0.9,)
+    """`dynamic`: confidences above which tokens are revealed."""
+    tokens_per_step: tuple[int, ...] = (1,)
+    """`static` and `sequential`: tokens a step; those beyond the block size are left out."""
+    entropy_bounds: tuple[float, ...] = (0.35,)
+    """`entropy`: bounds in nats."""
+    orders: tuple[Literal["learned", "left_to_right", "random", "sub_blocks"], ...] = ("learned",)
+    """Reveal orders; all but `learned` force the positions and leave their number to the strategy (ablation of the
+    learned schedule)."""
+    sub_block: int = Field(4, ge=1)
+    """`sub_blocks`: their size; smaller blocks than two of them are left out."""
+    samples: int = Field(1, ge=1)
+    """Samples a problem. Greedy decoding gives the same one every time, so one is enough there."""
+    max_new_tokens: int = Field(96, ge=1)
+    """Cap on completion tokens, aligned down to the block grid."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k most likely tokens; 0 keeps all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample within the smallest set of tokens that holds this probability."""
+    confidence: Literal["raw", "sampled"] = "raw"
+    """Confidence of a token: its probability at temperature 1, or under the distribution it was drawn from."""
+    seed: int = Field(20_11_14, ge=0)
+    """Of sampling."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        for name in ("blocks", "strategies", "orders"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=[]; name at least one")
+        if min(self.blocks) < 1:
+            raise ValueError(f"blocks={list(self.blocks)}: must be at least 1")
+        if self.max_new_tokens < max(self.blocks):
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} cannot hold a block of {max(self.blocks)}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} of greedy decoding are {self.samples} times the same; set temperature"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """A whole evaluation."""
+
+    folder: Path = Path("")
+    """Where results go; empty: evaluations/MODEL. Cells that are there already are kept."""
+    model: ModelConfig = ModelConfig()
+    data: tuple[DataSet, ...] = (DataSet(source=ARITHMETIC),)
+    """Data sets: gsm8k, math500, aime24, arithmetic, files or hub names; or mappings with the settings below."""
+    grid: GridConfig = GridConfig()
+    actors: ActorsConfig = ActorsConfig()
+    reward: RewardConfig = RewardConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    save_traces: bool = True
+    """Keep every trajectory as Parquet, for `tstar_ray.analyze` and the trace viewer."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _names(cls, data: Any) -> Any:
+        entries = [data] if isinstance(data, str) else data
+        if not isinstance(entries, (list, tuple)):
+            return entries
+        return tuple(_data_set(entry) if isinstance(entry, str) else entry for entry in entries)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        labels = [data.label for data in self.data]
+        if not labels:
+            raise ValueError("data=[]; name at least one data set")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"data: {', '.join(labels)} share a name; give each its own `name`")
+        return self
+
+    @property
+    def model_folder(self) -> str:
+        """The checkpoint; a run folder stands for its trained model."""
+        path = Path(self.model.path)
+        return str(path / "final") if (path / "final" / "config.json").is_file() else self.model.path
+
+    def resolve_folder(self) -> Path:
+        """Where results go."""
+        if self.folder != Path(""):
+            return self.folder.resolve()
+        path = Path(self.model_folder)
+        name = path.parent.name if path.name == "final" else path.name
+        return (Path("evaluations") / name).resolve()
+
+    def as_run(self) -> Config:
+        """The settings that placement and actors read; there is no learner."""
+        gpus, grid = self.actors.gpus, self.grid
+        dtype = self.model.dtype if self.model.dtype != "auto" else ("bfloat16" if gpus else "float32")
+        try:
+            return Config.model_validate(
+                {
+                    "run": {"seed": grid.seed},
+                    "model": self.model.model_dump() | {"path": self.model_folder, "dtype": dtype},
+                    # Units small enough that engines stay filled.
+                    "rollout": {"max_new_tokens": grid.max_new_tokens, "max_staleness": 1},
+                    "actors": self.actors.model_dump(),
+                    "reward": self.reward.model_dump(),
+                    "learner": {"gpus": gpus},
+                    "curriculum": {"blocks": (min(grid.blocks),), "updates": (1,)},
+                    "cluster": self.cluster.model_dump(),
+                }
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _data_set(name: str) -> dict[str, Any]:
+    return {"name": name, **PRESETS[name]} if name in PRESETS else {"source": name}
