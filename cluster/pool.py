@@ -161,7 +161,12 @@ class ActorPool:
         try:
             answer = ray.get(ref)
         except ray.exceptions.RayError as error:
-            self._lose(member, first_line(error))
+            if isinstance(getattr(error, "cause", error), ray.exceptions.ObjectLostError):
+                # The process that owned the weights died. That is not this actor's fault: it is asked again, within
+                # the limit for a proof; a learner that is built anew publishes others.
+                member.ref = None
+            else:
+                self._lose(member, first_line(error))
             return
         now = self._clock()
         if ref is member.probe:
@@ -183,7 +188,10 @@ class ActorPool:
             member.state, member.since = "live", now
 
     def _prove(self, member: _Member) -> None:
-        member.state, member.since = "proving", self._clock()
+        member.state, member.since, member.ref = "proving", self._clock(), None
+        self._ask_for_proof(member)
+
+    def _ask_for_proof(self, member: _Member) -> None:
         if self._published:  # otherwise it waits for the first to be published
             member.ref = member.handle.load_weights.remote(self._published)
 
@@ -206,6 +214,8 @@ class ActorPool:
                 continue
             if member.name not in busy:
                 member.moved = now
+            if member.state == "proving" and member.ref is None:
+                self._ask_for_proof(member)
             if member.state == "proving" and member.ref is not None and now - member.since > rules.start_s:
                 self._lose(member, f"no proof of its weights in {rules.start_s:g} s")
             elif member.probe is not None and now - member.probed > rules.probe_s * rules.probe_failures:

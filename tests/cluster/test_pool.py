@@ -53,6 +53,8 @@ class Holder:
             time.sleep(600)
         if first and self.behaviour == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.behaviour == "orphan" and published.version == 1:
+            raise ray.exceptions.OwnerDiedError(published.box[0].hex(), b"", "")
         version = published.version - (first and self.behaviour == "old")
         return Proof(version, checksum(flat))
 
@@ -155,6 +157,28 @@ def test_invariant_8_only_proven_weights_serve(bench, behaviour, reason):
     assert list(one.pool.handles) == ["holder-0-r1"]
     assert len(one.pids) == 2
     assert all(gone(pid) for pid in one.pids if pid != one.pool.places["holder-0-r1"].pid)
+
+
+def test_weights_whose_owner_died_cost_no_actor_and_the_next_ones_are_proved(bench):
+    one = bench(behaviour="orphan")
+    one.pool.serve(published(1))
+    one.until(lambda: one.pool.refs and not one.pool.starting)
+    asked = one.pool.refs[0]
+    one.until(lambda: asked not in one.pool.refs)
+    with pytest.raises(ray.exceptions.RayError, match="owner"):
+        ray.get(asked)
+    assert one.pool.proving
+    one.pool.serve(published(2))
+    one.until(one.live())
+    assert list(one.pool.handles) == ["holder-0"]
+    assert one.events == []
+
+
+def test_weights_that_cannot_be_had_end_in_a_loss_within_the_limit(bench):
+    one = bench(behaviour="orphan")
+    one.pool.serve(published(1))
+    one.until(lambda: one.pool.restarts == 1, step=5.0)
+    assert "no proof of its weights in 30 s" in one.events[0]
 
 
 def test_an_actor_that_starts_meanwhile_proves_the_newest_weights(bench):
