@@ -42,6 +42,7 @@ MISTAKES = [
     (["data.train=/nowhere.jsonl"], "data.train", "no such file"),
     (["actors.gpus=1", "learner.gpus=1", "learner.ranks=500"], "placement", "502 GPUs asked"),
     (["run.keep_checkpoints=100000000"], "disk", "lower run.keep_checkpoints"),
+    (["cluster.address=127.0.0.1:1"], "cluster", "no Ray cluster answers"),
     (["actors.cache_gb=0.000001"], "keys and values", "raise it"),
 ]
 

@@ -86,7 +86,7 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
     again = experiment(tmp_path)
     assert "4 runs, 4 done" in again
     assert "started" not in again
-    changed = experiment(tmp_path, "settings=[curriculum.blocks=[4,8]]", "--table", expect=2)
+    changed = experiment(tmp_path, "settings=[rollout.problems=5]", "--table", expect=2)
     assert "was begun with other settings" in changed
 
 

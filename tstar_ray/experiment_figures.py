@@ -83,6 +83,8 @@ def _curves(cells: Sequence[Any], style: dict[str, tuple[str, str]], labels: dic
                         color=colour,
                         alpha=0.35 if len(curves) > 1 else 1,
                         linewidth=1,
+                        marker=marker,
+                        markersize=2,
                         label=labels.get(arm, arm) if i == 0 and len(curves) == 1 else None,
                     )
                 if len(curves) > 1:
@@ -107,11 +109,18 @@ def _curves(cells: Sequence[Any], style: dict[str, tuple[str, str]], labels: dic
 
 
 def _leading(curve: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Of each update the evaluation at the largest block size, without the tables at the start and the end."""
-    updates = [p["update"] for p in curve]
-    tables = {u for u in (updates[0], updates[-1]) if updates.count(u) > 1}
-    during = [p for p in curve if p["update"] not in tables]
-    return during or list(curve)
+    """One evaluation of each update. Of the tables at the ends, which have every block size: the size that training
+    begins with, and the largest."""
+    updates = sorted({p["update"] for p in curve})
+    of = {u: {p["block"]: p for p in curve if p["update"] == u} for u in updates}
+    during = [next(iter(found.values())) for u, found in of.items() if len(found) == 1]
+    first = of[updates[0]]
+    begin = first.get(during[0]["block"] if during else max(first), first[max(first)])
+    return [
+        begin,
+        *(p for p in during if p is not begin),
+        *([of[updates[-1]][max(of[updates[-1]])]] if updates[1:] else []),
+    ]
 
 
 def _dress(axes: Axes, x: str, y: str) -> None:

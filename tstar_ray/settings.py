@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
 
 from tstar_ray.config_base import ConfigError
 
@@ -35,12 +36,17 @@ def load_settings(
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"--config {path}: expected sections with settings, found a list")
         merged = loaded
+    changes: list[Any] = []
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. {example}")
-    given = [f"{override}''" if override.endswith("=") else override for override in overrides]  # key= is empty text
+        try:
+            given = OmegaConf.from_dotlist([f"{override}''" if override.endswith("=") else override])  # empty text
+        except YAMLError as error:
+            raise ConfigError(f"{override!r}: what follows the sign is not readable as YAML; quote it") from error
+        changes.append(given)
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(given))
+        merged = OmegaConf.merge(merged, *changes)
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings cannot be merged: {error}") from error

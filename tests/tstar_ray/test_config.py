@@ -30,6 +30,11 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     assert config.reward == Config().reward
 
 
+def test_a_value_that_is_no_yaml_is_named():
+    with pytest.raises(ConfigError, match="curriculum.blocks=.* is not readable as YAML"):
+        load_config(None, ["actors.count=2", "curriculum.blocks=[4,8"])
+
+
 def test_nothing_behind_the_sign_is_empty_text():
     assert load_config(None, ["data.eval=", "run.name="]).data.eval == ""
 
