@@ -20,13 +20,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tstar_ray.config import ConfigError, load_settings, to_yaml
+from tstar_ray.config import ConfigError, ModelConfig, load_settings, to_yaml
 from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.scores import wilson_interval
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 if TYPE_CHECKING:
+    import torch
+
     from tstar_ray.collector import Collection, Collector
     from tstar_ray.data import PromptedProblem
     from tstar_ray.grid import CellResult
@@ -119,9 +121,8 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     from cluster.weights import ObjectStoreTransport
     from tstar_ray.eval_view import EvaluationView
     from tstar_ray.grid import Store, grid_cells, load_data_set, run_cells, write_results
-    from tstar_ray.model import inspect_checkpoint, load_checkpoint
+    from tstar_ray.model import inspect_checkpoint
     from tstar_ray.run import actor_makers, start_rollouts
-    from tstar_ray.weights import flatten
 
     run, folder = config.as_run(), config.resolve_folder()
     try:
@@ -143,12 +144,7 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     with ExitStack() as stack:
         session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
         placement = plan(run, session.resources, with_learner=False)
-        import torch
-
-        dtype = getattr(torch, run.model.dtype)
-        loaded = load_checkpoint(run.model.path, mask_token_id=run.model.mask_token_id, dtype=dtype)
-        published = ObjectStoreTransport().publish(flatten(loaded.model), 0)
-        del loaded
+        published = ObjectStoreTransport().publish(_weights(run.model), 0)
         stack.enter_context(view)
         makers = actor_makers(run, placement)
         collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
@@ -164,6 +160,20 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     write_results(folder, config, results)
     view.table(results)
     return results
+
+
+def _weights(model: ModelConfig) -> torch.Tensor:
+    """The checkpoint's flat weights in the dtype that actors use. Raises ConfigError."""
+    import torch
+
+    from tstar_ray.model import load_checkpoint
+    from tstar_ray.weights import flatten
+
+    try:
+        dtype = getattr(torch, model.dtype)
+        return flatten(load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype).model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _collect(
