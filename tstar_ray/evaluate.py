@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tstar_ray.config import ConfigError, ModelConfig, load_settings, to_yaml
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from tstar_ray.collector import Collection, Collector
     from tstar_ray.data import PromptedProblem
-    from tstar_ray.grid import CellResult
+    from tstar_ray.grid import CellResult, Collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,10 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     from cluster.session import connect
     from cluster.weights import ObjectStoreTransport
     from tstar_ray.eval_view import EvaluationView
-    from tstar_ray.grid import Store, grid_cells, load_data_set, run_cells, write_results
+    from tstar_ray.grid import Store, cell_key, grid_cells, load_data_set, run_cells, write_results
     from tstar_ray.model import inspect_checkpoint
     from tstar_ray.run import actor_makers, start_rollouts
+    from tstar_ray.weights import checksum
 
     run, folder = config.as_run(), config.resolve_folder()
     try:
@@ -141,22 +143,26 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     store = Store(folder, save_traces=config.save_traces)
     (folder / "config.yaml").write_text(to_yaml(config))
     view.say(f"model {run.model.path}; {len(cells)} cells; results in {folder}")
-    with ExitStack() as stack:
-        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
-        placement = plan(run, session.resources, with_learner=False)
-        published = ObjectStoreTransport().publish(_weights(run.model), 0)
-        stack.enter_context(view)
-        makers = actor_makers(run, placement)
-        collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
-        collector.serve(published)
+    flat = _weights(run.model)
+    digest = checksum(flat)
 
-        def collect(asked: Mapping[int, PromptedProblem], decoding: Decoding, samples: int) -> Collection:
-            return _collect(collector, asked, decoding, samples, max_batch=run.actors.max_batch, view=view)
-
+    def measure(collect: Collect) -> list[CellResult]:
         view.start(cells)
-        results = run_cells(
-            config, cells, problems, collect, store, checksum=published.checksum, began=view.began, ended=view.ended
-        )
+        return run_cells(config, cells, problems, collect, store, checksum=digest, began=view.began, ended=view.ended)
+
+    if all(store.get(cell_key(cell, config, problems[cell.data], digest)) for cell in cells):
+        results = measure(_nothing_left)
+    else:
+        with ExitStack() as stack:
+            session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
+            placement = plan(run, session.resources, with_learner=False)
+            published = ObjectStoreTransport().publish(flat, 0)
+            del flat
+            stack.enter_context(view)
+            makers = actor_makers(run, placement)
+            collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
+            collector.serve(published)
+            results = measure(partial(_collect, collector, max_batch=run.actors.max_batch, view=view))
     write_results(folder, config, results)
     view.table(results)
     return results
@@ -174,6 +180,10 @@ def _weights(model: ModelConfig) -> torch.Tensor:
         return flatten(load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype).model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _nothing_left(*_: Any) -> Collection:
+    raise AssertionError("every cell is kept")
 
 
 def _collect(
