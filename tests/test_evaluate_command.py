@@ -109,6 +109,16 @@ def test_every_score_has_its_settings_and_its_traces(stopped_and_continued):
     assert len(areas) == 4
 
 
+def test_what_is_all_kept_needs_no_actors(stopped_and_continued):
+    """A cluster that nobody answers at is not even looked for."""
+    folder, _, output = stopped_and_continued
+    again = evaluate(folder, "cluster.address=127.0.0.1:1")
+    assert again.count("kept from before") == 8
+    tables = [text.rpartition("arithmetic: 24 problems")[2].partition("weights")[0] for text in (again, output)]
+    assert "dynamic > 0.95" in tables[0]
+    assert tables[0] == tables[1]
+
+
 def test_mistakes_end_at_once(tmp_path):
     assert "no such file" in evaluate(tmp_path / "x", "data=[/nowhere/set.jsonl]", expect=2)
     assert "grid.bloks: unknown setting; did you mean blocks" in evaluate(tmp_path / "x", "grid.bloks=[4]", expect=2)

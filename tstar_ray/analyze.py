@@ -192,21 +192,24 @@ def _report_evaluation(folder: Path, console: Console) -> dict[str, Any]:
     # What all cells share is said once.
     labels_of = [result.cell.label.split(", ") for result, _ in cells]
     common = [part for part in labels_of[0] if len(cells) > 1 and all(part in label for label in labels_of)]
+
+    def short(label: str) -> str:
+        return ", ".join(part for part in label.split(", ") if part not in common)
+
     table = _table(f"{folder.name}: decoding schedule of each cell", "cell")
     for result, schedule in cells:
-        short = result.cell.label.split(", ")
-        table.add_row(", ".join(p for p in short if p not in common), *_cells(schedule))
+        table.add_row(short(result.cell.label), *_cells(schedule))
     table.caption = ", ".join(common)
     console.print(table)
     effects = order_effects([result for result, _ in cells])
     labels = {result.key: result.cell.label for result, _ in cells}
     if effects:
-        forced = Table(title="Forced reveal orders against the learned one")
+        forced = Table(title="Forced reveal orders against the learned one", box=SIMPLE_HEAD)
         for name in ("cell", "order", "accuracy", "TPF"):
             forced.add_column(name)
         for e in effects:
             change = f"{100 * e.accuracy:+.1f} points (s.e. {100 * e.error:.1f})"
-            forced.add_row(labels[e.learned], e.order.replace("_", " "), change, f"{e.tpf:+.2f}")
+            forced.add_row(short(labels[e.learned]), e.order.replace("_", " "), change, f"{e.tpf:+.2f}")
         console.print(forced)
     return {
         "cells": [{"key": r.key, "label": r.cell.label, "schedule": s.to_dict()} for r, s in cells],

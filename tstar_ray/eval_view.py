@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -85,6 +86,8 @@ class EvaluationView:
             # The last two parts are common to the grid: sampling and the length cap.
             common = ", ".join(first.cell.decoding.describe().split(", ")[-2:])
             table = Table(
+                box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
                 title=f"{data}: {first.problems} problems" + (f" x {samples} samples" if samples > 1 else ""),
                 caption=f"{first.model}, weights {first.checksum}; {common}; 95 % intervals; "
                 "TPF: tokens per denoising forward",

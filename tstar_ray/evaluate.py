@@ -18,9 +18,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tstar_ray.config import ConfigError
+from tstar_ray.config import ConfigError, ModelConfig
 from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.scores import wilson_interval
@@ -28,9 +29,11 @@ from tstar_ray.settings import load_settings, to_yaml
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 if TYPE_CHECKING:
+    import torch
+
     from tstar_ray.collector import Collection, Collector
     from tstar_ray.data import PromptedProblem
-    from tstar_ray.grid import CellResult
+    from tstar_ray.grid import CellResult, Collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +122,10 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     from cluster.session import connect
     from cluster.weights import ObjectStoreTransport
     from tstar_ray.eval_view import EvaluationView
-    from tstar_ray.grid import Store, grid_cells, load_data_set, run_cells, write_results
-    from tstar_ray.model import inspect_checkpoint, load_checkpoint
+    from tstar_ray.grid import Store, cell_key, grid_cells, load_data_set, run_cells, write_results
+    from tstar_ray.model import inspect_checkpoint
     from tstar_ray.run import actor_makers, start_rollouts
-    from tstar_ray.weights import flatten
+    from tstar_ray.weights import checksum
 
     run, folder = config.as_run(), config.resolve_folder()
     try:
@@ -141,30 +144,47 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     store = Store(folder, save_traces=config.save_traces)
     (folder / "config.yaml").write_text(to_yaml(config))
     view.say(f"model {run.model.path}; {len(cells)} cells; results in {folder}")
-    with ExitStack() as stack:
-        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
-        placement = plan(run, session.resources, with_learner=False)
-        import torch
+    flat = _weights(run.model)
+    digest = checksum(flat)
 
-        dtype = getattr(torch, run.model.dtype)
-        loaded = load_checkpoint(run.model.path, mask_token_id=run.model.mask_token_id, dtype=dtype)
-        published = ObjectStoreTransport().publish(flatten(loaded.model), 0)
-        del loaded
-        stack.enter_context(view)
-        makers = actor_makers(run, placement)
-        collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
-        collector.serve(published)
-
-        def collect(asked: Mapping[int, PromptedProblem], decoding: Decoding, samples: int) -> Collection:
-            return _collect(collector, asked, decoding, samples, max_batch=run.actors.max_batch, view=view)
-
+    def measure(collect: Collect) -> list[CellResult]:
         view.start(cells)
-        results = run_cells(
-            config, cells, problems, collect, store, checksum=published.checksum, began=view.began, ended=view.ended
-        )
+        return run_cells(config, cells, problems, collect, store, checksum=digest, began=view.began, ended=view.ended)
+
+    if all(store.get(cell_key(cell, config, problems[cell.data], digest)) for cell in cells):
+        results = measure(_nothing_left)
+    else:
+        with ExitStack() as stack:
+            session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
+            placement = plan(run, session.resources, with_learner=False)
+            published = ObjectStoreTransport().publish(flat, 0)
+            del flat
+            stack.enter_context(view)
+            makers = actor_makers(run, placement)
+            collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
+            collector.serve(published)
+            results = measure(partial(_collect, collector, max_batch=run.actors.max_batch, view=view))
     write_results(folder, config, results)
     view.table(results)
     return results
+
+
+def _weights(model: ModelConfig) -> torch.Tensor:
+    """The checkpoint's flat weights in the dtype that actors use. Raises ConfigError."""
+    import torch
+
+    from tstar_ray.model import load_checkpoint
+    from tstar_ray.weights import flatten
+
+    try:
+        dtype = getattr(torch, model.dtype)
+        return flatten(load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype).model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _nothing_left(*_: Any) -> Collection:
+    raise AssertionError("every cell is kept")
 
 
 def _collect(
