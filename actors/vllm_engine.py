@@ -119,7 +119,9 @@ def check_servable(blueprint: Blueprint, serving: Serving) -> None:
     shapes = dict(blueprint.layout)
     head_dim = shapes["model.layers.0.self_attn.q_norm.weight"][0]
     if serving.device == "cpu" and head_dim < 32:
-        raise ValueError(f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is below 32, vLLM's least on CPU")
+        raise ValueError(
+            f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is below 32, vLLM's least on CPU"
+        )
     heads = shapes["model.layers.0.self_attn.q_proj.weight"][0] // head_dim
     kv_heads = shapes["model.layers.0.self_attn.k_proj.weight"][0] // head_dim
     ranks = serving.tensor_parallel
@@ -379,10 +381,18 @@ def _start(blueprint: Blueprint, serving: Serving) -> Any:
     return InprocClient(config, Executor.get_class(config), log_stats=False)
 
 
+def _cache_bytes(blueprint: Blueprint, serving: Serving) -> int:
+    """``cache_gb``, or what twice the longest batch takes: vLLM takes all of it at once."""
+    keys = [shape[0] for name, shape in blueprint.layout if name.endswith(".k_proj.weight")]
+    position = 2 * sum(keys) * serving.dtype.itemsize // min(serving.tensor_parallel, keys[0])
+    pages = serving.positions // serving.page + 2
+    return min(int(serving.cache_gb * 2**30), 2 * serving.max_batch * pages * serving.page * position)
+
+
 def engine_arguments(blueprint: Blueprint, serving: Serving) -> dict[str, Any]:
     """vLLM's ``EngineArgs``."""
     cpu = serving.device == "cpu"
-    memory: dict[str, Any] = {"kv_cache_memory_bytes": int(serving.cache_gb * 2**30)}
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(blueprint, serving)}
     if serving.memory_share is not None:
         memory = {"gpu_memory_utilization": serving.memory_share}
     if not cpu:
