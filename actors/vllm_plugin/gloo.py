@@ -87,10 +87,11 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """One parameter after the other."""
         if self.group is None:
             raise RuntimeError("no trainer yet; call init_weight_transfer_engine first")
+        model: Any = self.model
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes):
             weight = torch.empty(shape, dtype=getattr(torch, dtype))
             _broadcast(self.group, weight)
-            self.model.load_weights([(name, weight.to(self.device))])
+            model.load_weights([(name, weight.to(self.device))])
 
     def shutdown(self) -> None:
         """Leave the group."""

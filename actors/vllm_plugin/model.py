@@ -19,18 +19,14 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
 
-def _keep(layer: torch.nn.Module) -> None:
-    layer.cpu_linear = F.linear
-
-
 class _KeptLinear(UnquantizedLinearMethod):
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        _keep(layer)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.cpu_linear = F.linear
 
 
 class _KeptEmbedding(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        _keep(layer)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.cpu_linear = F.linear
 
 
 class BlockDiffusionForCausalLM(Qwen3ForCausalLM):
@@ -42,7 +38,8 @@ class BlockDiffusionForCausalLM(Qwen3ForCausalLM):
         suppressed = [config.mask_token_id, *range(config.token_limit, config.vocab_size)]
         self.register_buffer("suppressed_ids", torch.tensor(sorted(set(suppressed))), persistent=False)
         if current_platform.is_cpu():
-            for layer in self.modules():
+            layers: Any = self.modules()
+            for layer in layers:
                 method = getattr(layer, "quant_method", None)
                 if type(method) is UnquantizedLinearMethod:
                     layer.quant_method = _KeptLinear()

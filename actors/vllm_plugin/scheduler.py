@@ -37,7 +37,8 @@ class _WholeBlocks(DiffusionScheduler):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.counts = Counts()
-        self._output: ModelRunnerOutput | None = None
+        self._output: Any = None
+        """Of the step whose tokens are being taken."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM does, counted."""
@@ -58,8 +59,8 @@ class _WholeBlocks(DiffusionScheduler):
     def _take_block(self, request: Request, new_token_ids: list[int]) -> bool:
         """Append a finished block; returns whether the request ends with it."""
         request.append_output_token_ids(list(new_token_ids))
-        job = request.sampling_params.extra_args["tstar"]
-        assert self._output is not None
+        parameters: Any = request.sampling_params
+        job = parameters.extra_args["tstar"]
         row = self._output.req_id_to_index[request.request_id]
         steps = self._output.logprobs.slice_request(row, len(new_token_ids)).sampled_token_ranks
         job["steps"] = int(steps.max())

@@ -123,6 +123,7 @@ class BlockDiffusionState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        assert vllm_config.diffusion_config is not None
         self.canvases = Canvases(
             self.max_num_reqs,
             vllm_config.diffusion_config.canvas_length,
@@ -138,8 +139,9 @@ class BlockDiffusionState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A new request, or one that was preempted and comes back with the blocks it has finished."""
         super().add_request(req_index, new_req_data)
+        parameters: Any = new_req_data.sampling_params
         self._slots[new_req_data.req_id] = req_index
-        self.canvases.admit(req_index, Job.from_wire(new_req_data.sampling_params.extra_args))
+        self.canvases.admit(req_index, Job.from_wire(parameters.extra_args))
 
     def remove_request(self, req_id: str) -> None:
         """Finished or preempted."""
@@ -165,6 +167,7 @@ class BlockDiffusionState(DefaultModelState):
         kv_cache_config: Any,
         for_capture: bool = False,
         ubatch_idx: int = 0,
+        model_specific_attn_metadata: Any = None,
     ) -> dict[str, Any]:
         """Non-causal attention; prompts in virtual requests of one block each."""
         full = cudagraph_mode == CUDAGraphMode.FULL

@@ -306,10 +306,9 @@ def test_trap_31_invariant_8_weights_in_flight(serve, model, policy, ahead):
     other = make_model(seed=8)
     engine = serve(cache_update=policy, async_scheduling=ahead)
     requests = [
-        replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 18, 33, 140]), (4, 22, 40, 31), strict=True)
+        replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 18, 33, 140]), (19, 40, 48, 44), strict=True)
     ]
     decoding = replace(NO_STOP, block_size=8, max_new_tokens=48)
-    requests[0] = replace(requests[0], max_new_tokens=8)
     waiting = engine.stream(requests, decoding)
     found = [next(waiting)]
     proof = engine.load_weights(flatten(other), 1)

@@ -1,4 +1,4 @@
-"""Two ranks share the model over gloo, against the PyTorch engine; run by test_vllm_engine.py.
+"""Two ranks share the model over gloo, against the PyTorch engine; run by test_vllm_engine.py."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def main(path):
         Decoding(block_size=8, max_new_tokens=24, stop_ids=(), top_p=0.8, temperature=0.9, threshold=0.2),
     ]
     tokens = all(same(engine.generate(requests, d), TorchEngine(model).generate(requests, d)) for d in asked)
-    short = [replace(r, max_new_tokens=n) for r, n in zip(requests, (8, 40, 40, 40), strict=True)]
+    short = [replace(r, max_new_tokens=n) for r, n in zip(requests, (27, 40, 40, 40), strict=True)]
     stream = engine.stream(short, replace(asked[1], max_new_tokens=40))
     next(stream)
     proof = engine.load_weights(flatten(other), 1)
