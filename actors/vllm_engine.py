@@ -118,7 +118,7 @@ def check_servable(blueprint: Blueprint, serving: Serving) -> None:
         )
     shapes = dict(blueprint.layout)
     head_dim = shapes["model.layers.0.self_attn.q_norm.weight"][0]
-    if serving.device == "cpu" and head_dim < 32:
+    if serving.device == "cpu" and head_dim not in _CPU_HEAD_DIMS:
         raise ValueError(
             f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is below 32, vLLM's least on CPU"
         )
