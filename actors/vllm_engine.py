@@ -44,6 +44,7 @@ from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
 
 CacheUpdate = Literal["recompute", "keep"]
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Serving:
 
     @property
     def page(self) -> int:
-        """Positions in a page of the cache."""
-        return max(128 if self.device == "cpu" else 32, self.max_block)
+        """Positions in a page of the cache; a multiple of 32, at least a block."""
+        return max(128 if self.device == "cpu" else 32, -(-self.max_block // 32) * 32)
 
     @property
     def positions(self) -> int:
@@ -120,7 +121,8 @@ def check_servable(blueprint: Blueprint, serving: Serving) -> None:
     head_dim = shapes["model.layers.0.self_attn.q_norm.weight"][0]
     if serving.device == "cpu" and head_dim not in _CPU_HEAD_DIMS:
         raise ValueError(
-            f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is below 32, vLLM's least on CPU"
+            f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is none of those that vLLM has on CPU "
+            f"({', '.join(map(str, _CPU_HEAD_DIMS))}); use actors.engine=torch"
         )
     heads = shapes["model.layers.0.self_attn.q_proj.weight"][0] // head_dim
     kv_heads = shapes["model.layers.0.self_attn.k_proj.weight"][0] // head_dim

@@ -462,7 +462,7 @@ def test_what_is_missing_or_cannot_be_served_is_named(blueprint, monkeypatch):
     with pytest.raises(ValueError, match=r"tensor_parallel=3 divides the 4 heads and 2 key-value heads"):
         check_servable(blueprint, dataclasses.replace(serving, tensor_parallel=3))
     narrow = tuple((n, (16,) if n.endswith("q_norm.weight") else s) for n, s in blueprint.layout)
-    with pytest.raises(ValueError, match=r"head_dim 16 .* below 32"):
+    with pytest.raises(ValueError, match=r"head_dim 16 .* none of those that vLLM has on CPU \(32, 64"):
         check_servable(dataclasses.replace(blueprint, layout=narrow), serving)
     biased = (*blueprint.layout, ("model.layers.0.self_attn.o_proj.bias", (48,)))
     with pytest.raises(ValueError, match=r"has biases \(model.layers.0.self_attn.o_proj.bias\)"):
