@@ -40,7 +40,12 @@ def run(folder, *settings):
         timeout=900,
         cwd=folder,
         env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        | {"COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        | {
+            "COLUMNS": "200",
+            "OMP_NUM_THREADS": "1",
+            "RAY_raylet_start_wait_time_s": "300",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
         check=False,
     )
 
