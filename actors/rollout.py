@@ -11,22 +11,21 @@ beside those that decode. It refuses work for weights newer than those it proved
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine, EngineStats
 from actors.torch_engine import TorchEngine
+from actors.vllm_engine import VllmEngine
+from actors.vllm_serving import Serving
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import Blueprint, inspect_checkpoint, load_checkpoint, pick_device, read_blueprint
 from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
-
-if TYPE_CHECKING:
-    from actors.vllm_engine import Serving
 
 
 class WeightSource(Protocol):
@@ -40,8 +39,6 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
     """The engine that ``actors.engine`` names, and the checkpoint's tokenizer. Raises ValueError with the remedy."""
     device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
     if actors.engine == "vllm":
-        from actors.vllm_engine import VllmEngine
-
         blueprint, serving = plan_serving(model, actors)
         tokenizer, _ = inspect_checkpoint(model.path, mask_token_id=model.mask_token_id)
         return VllmEngine(blueprint, serving), tokenizer
@@ -54,8 +51,6 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
 
 def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:
     """What vLLM is to serve, and how; ``actors.vllm`` has its block size and length filled in."""
-    from actors.vllm_engine import Serving
-
     gpu, vllm = actors.gpus > 0, actors.vllm
     dtype = model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"
     return read_blueprint(model.path, mask_token_id=model.mask_token_id), Serving(

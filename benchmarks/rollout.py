@@ -137,7 +137,8 @@ def served_by_vllm(
     model: BlockDiffusionLM, block: int, max_batch: int, arguments: argparse.Namespace
 ) -> Iterator[Engine]:
     """The same weights in vLLM."""
-    from actors.vllm_engine import Serving, VllmEngine
+    from actors.vllm_engine import VllmEngine
+    from actors.vllm_serving import Serving
 
     with tempfile.TemporaryDirectory() as folder:
         model.hf.save_pretrained(folder)

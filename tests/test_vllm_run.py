@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.vllm_engine import installed_vllm
+from actors.vllm_serving import installed_vllm
 from tstar_ray.traces import read_traces
 
 pytestmark = [

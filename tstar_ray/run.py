@@ -174,7 +174,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         tokenizer, stop_ids = inspect_checkpoint(config.model.path, mask_token_id=config.model.mask_token_id)
         if config.actors.engine == "vllm":
             from actors.rollout import plan_serving
-            from actors.vllm_engine import check_servable
+            from actors.vllm_serving import check_servable
 
             check_servable(*plan_serving(config.model, config.served_actors))
     except ValueError as error:

@@ -21,7 +21,8 @@ from synthetic import MASK_ID, make_checkpoint_folder, make_model, make_requests
 
 from actors.engine import CancelledError
 from actors.torch_engine import TorchEngine
-from actors.vllm_engine import Serving, VllmEngine, check_servable, installed_vllm
+from actors.vllm_engine import VllmEngine
+from actors.vllm_serving import Serving, check_servable, installed_vllm
 from learner.packing import pack, slice_sample, token_weights
 from tstar_ray.blocks import train_visibility
 from tstar_ray.decoding import Decoding
@@ -269,7 +270,6 @@ def test_a_tiny_cache_preempts_and_nothing_changes(serve, model, twin, monkeypat
         for request, trajectory in zip(requests, engine.generate(requests, decoding), strict=True):
             assert_equal(trajectory, request, twin, model, decoding)
     assert len(preempted) > 4
-    # Steps go on where they were: none is counted twice, none is left out.
 
 
 def test_async_scheduling_changes_nothing(serve, model, twin):

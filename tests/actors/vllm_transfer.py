@@ -14,7 +14,8 @@ import torch
 from synthetic import make_model, make_requests
 
 from actors.torch_engine import TorchEngine
-from actors.vllm_engine import Serving, VllmEngine
+from actors.vllm_engine import VllmEngine
+from actors.vllm_serving import Serving
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import read_blueprint
 
