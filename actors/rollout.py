@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine, EngineStats
 from actors.torch_engine import TorchEngine
+from actors.vllm_engine import VllmEngine
+from actors.vllm_serving import Serving
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import load_checkpoint, pick_device
+from tstar_ray.model import Blueprint, inspect_checkpoint, load_checkpoint, pick_device, read_blueprint
 from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
@@ -30,6 +33,39 @@ class WeightSource(Protocol):
 
     def fetch(self, published: Any) -> torch.Tensor:
         """The flat buffer."""
+
+
+def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """The engine that ``actors.engine`` names, and the checkpoint's tokenizer. Raises ValueError with the remedy."""
+    device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
+    if actors.engine == "vllm":
+        blueprint, serving = plan_serving(model, actors)
+        tokenizer, _ = inspect_checkpoint(model.path, mask_token_id=model.mask_token_id)
+        return VllmEngine(blueprint, serving), tokenizer
+    checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
+    engine = TorchEngine(
+        checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb, cache_update=actors.cache_update
+    )
+    return engine, checkpoint.tokenizer
+
+
+def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:
+    """What vLLM is to serve, and how; ``actors.vllm`` has its block size and length filled in."""
+    gpu, vllm = actors.gpus > 0, actors.vllm
+    dtype = model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"
+    return read_blueprint(model.path, mask_token_id=model.mask_token_id), Serving(
+        max_block=vllm.max_block,
+        max_tokens=vllm.max_tokens,
+        max_batch=actors.max_batch,
+        cache_gb=actors.cache_gb,
+        memory_share=vllm.memory_share,
+        tensor_parallel=vllm.tensor_parallel,
+        cache_update=actors.cache_update,
+        prefix_caching=vllm.prefix_caching,
+        async_scheduling=vllm.async_scheduling,
+        device="cuda" if gpu else "cpu",
+        dtype=getattr(torch, dtype),
+    )
 
 
 CALLS = 32
@@ -51,17 +87,8 @@ class RolloutWorker:
     def ready(self) -> Place:
         """Load the model, and say where this runs. Not in the constructor, where Ray turns an error into an abort."""
         torch.set_num_threads(self._threads)
-        device, dtype = pick_device(gpus=self._actors.gpus, dtype=self._model.dtype)
-        checkpoint = load_checkpoint(
-            self._model.path, mask_token_id=self._model.mask_token_id, dtype=dtype, device=device
-        )
-        self._tokenizer = checkpoint.tokenizer
-        self._engine: Engine = TorchEngine(
-            checkpoint.model,
-            max_batch=self._actors.max_batch,
-            cache_gb=self._actors.cache_gb,
-            cache_update=self._actors.cache_update,
-        )
+        self._engine: Engine
+        self._engine, self._tokenizer = make_engine(self._model, self._actors)
         return here(repr(self))
 
     def load_weights(self, published: Any) -> Proof:

@@ -26,33 +26,29 @@ trajectory is marked ``stale_cache``.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.engine import CancelledError, EngineStats
+from actors.denoise import Positions, denoise
+from actors.engine import EngineStats
 from actors.kv_cache import KVCache, RaggedLayout, Rows
+from actors.rounds import Rounds
 from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import BlockDiffusionLM
 from tstar_ray.trajectory import Request, Trajectory
-from tstar_ray.unmask import choose, draw, lottery, uniforms
 from tstar_ray.weights import Proof, checksum, flatten, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
-_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
-"""Logits held at a time, by device type."""
 
 
-class TorchEngine:
+class TorchEngine(Rounds):
     """An `actors.engine.Engine` on one device."""
 
     def __init__(
@@ -67,6 +63,7 @@ class TorchEngine:
     ) -> None:
         """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values;
         prompts beyond ``pass_tokens`` in one pass are read in several."""
+        super().__init__()
         self._model = model.eval()
         self._max_batch, self._cache_gb = max_batch, cache_gb
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
@@ -78,12 +75,7 @@ class TorchEngine:
         self._slots = Slots(mask_id=model.mask_id, device=model.device)
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
-        self._ended: dict[int, Trajectory | RuntimeError] = {}
-        self._tickets = itertools.count()
         self._rules: list[Decoding] = []
-        self._turn = threading.RLock()
-        self._door, self._open, self._pauses = threading.Lock(), threading.Event(), 0
-        self._open.set()
 
     @property
     def proof(self) -> Proof:
@@ -95,31 +87,6 @@ class TorchEngine:
         """Totals so far."""
         return dataclasses.replace(self._stats)
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
-        """See `actors.engine.Engine.generate`. Raises ValueError for a request that can never be served."""
-        tickets = self._submit(requests, decoding)
-        found = dict(self._collect(tickets))
-        return [found[ticket] for ticket in tickets]
-
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Trajectory]:
-        """See `actors.engine.Engine.stream`."""
-        return (trajectory for _, trajectory in self._collect(self._submit(requests, decoding)))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """See `actors.engine.Engine.paused`."""
-        with self._door:
-            self._pauses += 1
-            self._open.clear()  # rounds that have not begun wait for it, so that the present one is the last
-        try:
-            with self._turn:
-                yield
-        finally:
-            with self._door:
-                self._pauses -= 1
-                if not self._pauses:
-                    self._open.set()
-
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
         """See `actors.engine.Engine.load_weights`."""
         with self.paused():
@@ -130,14 +97,6 @@ class TorchEngine:
             else:
                 self._slots.column("stale")[:] |= self._slots.column("committed") > 0
             return self._proof
-
-    def cancel(self, group_ids: Collection[int]) -> None:
-        """See `actors.engine.Engine.cancel`."""
-        with self.paused():
-            work = [*self._waiting, *self._slots.work.values()]
-            tickets = {item.ticket for item in work if item.request.group_id in group_ids}
-            self._give_up(tickets)
-            self._ended.update({ticket: CancelledError("its group was cancelled") for ticket in tickets})
 
     def sleep(self) -> None:
         """See `actors.engine.Engine.sleep`."""
@@ -168,53 +127,25 @@ class TorchEngine:
             self._waiting.extend(work)
             return [item.ticket for item in work]
 
-    def _collect(self, tickets: Sequence[int]) -> Iterator[tuple[int, Trajectory]]:
-        """Take rounds until all of ``tickets`` have ended; other callers' work is decoded on the way."""
-        left = set(tickets)
-        try:
-            while left:
-                self._open.wait()
-                with self._turn:
-                    ended = [(ticket, self._ended.pop(ticket)) for ticket in left & self._ended.keys()]
-                    if not ended:
-                        self._round()
-                for ticket, outcome in ended:
-                    left.discard(ticket)
-                    if isinstance(outcome, RuntimeError):
-                        raise outcome
-                    yield ticket, outcome
-        finally:
-            if left:
-                self._give_up(left)
+    def _under_way(self) -> dict[int, Request]:
+        return {item.ticket: item.request for item in (*self._waiting, *self._slots.work.values())}
 
-    def _give_up(self, tickets: set[int]) -> None:
-        with self.paused():
-            self._waiting = deque(item for item in self._waiting if item.ticket not in tickets)
-            self._retire(np.isin(self._slots.column("ticket"), list(tickets)))
-            for ticket in tickets & self._ended.keys():
-                del self._ended[ticket]
+    def _drop(self, tickets: set[int]) -> None:
+        self._waiting = deque(item for item in self._waiting if item.ticket not in tickets)
+        self._retire(np.isin(self._slots.column("ticket"), list(tickets)))
 
     @torch.inference_mode()
     def _round(self) -> None:
         """One pass for everything that is active."""
-        try:
-            start = time.perf_counter()
-            inside = self._stats.forward_seconds + self._stats.sampling_seconds
-            self._admit()
-            self._read_ahead()
-            ended = self._denoise()
-            if ended.any():
-                self._ended.update(self._finish(ended))
-            inside = self._stats.forward_seconds + self._stats.sampling_seconds - inside
-            self._stats.host_seconds += time.perf_counter() - start - inside
-        except BaseException:
-            # Memory ran out, or the device failed: what was under way is lost, for every caller.
-            lost = [*self._slots.work, *(item.ticket for item in self._waiting)]
-            self._waiting.clear()
-            told = "decoding failed in another call, which took this call's sequences with it"
-            self._ended.update({ticket: RuntimeError(told) for ticket in lost})
-            self._retire(np.ones(self._slots.active, dtype=bool))
-            raise
+        start = time.perf_counter()
+        inside = self._stats.forward_seconds + self._stats.sampling_seconds
+        self._admit()
+        self._read_ahead()
+        ended = self._denoise()
+        if ended.any():
+            self._ended.update(self._finish(ended))
+        inside = self._stats.forward_seconds + self._stats.sampling_seconds - inside
+        self._stats.host_seconds += time.perf_counter() - start - inside
 
     def _admit(self) -> None:
         """Give waiting requests the free slots, in order."""
@@ -330,42 +261,20 @@ class TorchEngine:
             ]
         )
         hidden_M, seed_M, position_M, step_M, state_M, dense_M = torch.from_numpy(plan).to(device)
-        quota = np.array([decoding.quota(step) for step in range(decoding.steps)])
-        quota = quota[np.minimum(slots.fields["block_step"][rows], decoding.steps - 1)]
-        token, logprob, confidence, entropy = self._draw(
-            hidden[hidden_M], uniforms(seed_M, position_M, step_M), decoding
-        )
-        confidence_SB = torch.zeros(masked.shape, device=device)
-        entropy_SB = torch.zeros(masked.shape, device=device)
-        confidence_SB.view(-1)[dense_M] = confidence
-        entropy_SB.view(-1)[dense_M] = entropy
-        lottery_SB = None
-        if decoding.order == "random":
-            lottery_SB = torch.zeros(masked.shape, device=device)
-            lottery_SB.view(-1)[dense_M] = lottery(seed_M, position_M)
-        reveal_SB = choose(
-            torch.from_numpy(masked).to(device),
-            confidence_SB,
-            entropy_SB,
-            torch.from_numpy(quota).to(device),
+        found = denoise(
+            self._model.logits,
+            hidden[hidden_M],
+            Positions(seed=seed_M, position=position_M, step=step_M, dense=dense_M),
+            masked,
+            slots.fields["block_step"][rows],
             decoding,
-            lottery_SB,
+            vocabulary=len(self._model.suppressed_V),
         )
-        reveal_M = reveal_SB.view(-1)[dense_M]
-        slots.ids.view(-1)[state_M] = torch.where(reveal_M, token, self._model.mask_id)
-        slots.logprobs.view(-1)[state_M] = logprob
+        slots.ids.view(-1)[state_M] = torch.where(found.mask, found.token, self._model.mask_id)
+        slots.logprobs.view(-1)[state_M] = found.logprob
         slots.steps.view(-1)[state_M] = step_M.to(torch.int32)
-        stop_M = torch.isin(token, torch.tensor(decoding.stop_ids, device=device))
-        return np.stack([row, offset]), torch.stack([reveal_M, stop_M])
-
-    def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, ...]:
-        """Token, log-prob, confidence and entropy [M], with the LM head a bounded number of logits at a time."""
-        size = max(32, _LOGITS_AT_ONCE[hidden.device.type] // len(self._model.suppressed_V))
-        parts = []
-        for h, u in zip(hidden.split(size), uniform.split(size)):
-            found = draw(self._model.logits(h), u, decoding)
-            parts.append((found.token, found.logprob, found.confidence, found.entropy))
-        return tuple(torch.cat(values) for values in zip(*parts))
+        stop_M = torch.isin(found.token, torch.tensor(decoding.stop_ids, device=device))
+        return np.stack([row, offset]), torch.stack([found.mask, stop_M])
 
     def _finish(self, ended: NDArray[np.bool_]) -> list[tuple[int, Trajectory]]:
         found = self._slots.trajectories(ended)

@@ -5,8 +5,9 @@
 ``plain`` is benchmarks.plain_decoder, one sequence at a time with separate commits, on the first few prompts.
 ``static`` is static batching in the usual sense: ``--max-batch`` requests at a time, every row computed until the
 longest of them has ended. ``shrinking`` is this engine given as many at a time: rows that ended leave the pass, but
-nobody takes their place. ``continuous`` is this engine given everything at once. All decode the same requests by the
-same rules.
+nobody takes their place. ``continuous`` is this engine given everything at once. ``--engine vllm`` adds ``vllm``, the
+vLLM engine given everything at once (in the environment of ``./tstar vllm``). All decode the same requests by the same
+rules.
 
 Answer lengths are caps of the single requests, since a model of random weights does not know when to stop: all
 ``--new-tokens``, or those of real GSM8K solutions (``--lengths`` a JSONL file with a ``solution`` in every line,
@@ -20,20 +21,23 @@ import functools
 import json
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from actors.engine import Engine, EngineStats
 from actors.kv_cache import head_dim
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
 from benchmarks.shapes import PUBLISHED_TPF, add_model_arguments, device_name, make_model, make_requests, tuned_decoding
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import BlockDiffusionLM
+from tstar_ray.model import BlockDiffusionLM, Blueprint
 from tstar_ray.trajectory import Request
 
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
     parser.add_argument("--steps", type=int, help="denoising steps a block of the static schedule; default B")
     parser.add_argument("--only-engine", action="store_true", help="continuous batching alone")
+    parser.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="vllm: measure that one too")
     parser.add_argument("--cache-gb", type=float, default=4.0)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
     parser.add_argument("--peak-gbps", type=float, default=4800.0, help="of its memory (H200)")
@@ -112,12 +117,53 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
             others = {"plain": found["plain"], "static": row["static"], "shrinking": row["shrinking"]}
         if model.device.type == "cuda":
             row["roofline"] = roofline(model, requests, row["continuous"], arguments)
+        if arguments.engine == "vllm":
+            with served_by_vllm(model, block, size, arguments) as vllm:
+                warm = replace(decoding, max_new_tokens=2 * block)
+                vllm.generate([replace(few[0], max_new_tokens=None)], warm)
+                row["vllm"] = median(lambda: measure(model, requests, decoding, lambda: vllm, at_once=len(requests)))
+            row["vllm_times_faster_than_continuous"] = row["vllm"]["tokens_per_s"] / row["continuous"]["tokens_per_s"]
+            print(f"vLLM: {row['vllm_times_faster_than_continuous']:.2f}x the torch engine", file=sys.stderr)
         speed = row["continuous"]["tokens_per_s"]
         row |= {f"times_faster_than_{name}": speed / other["tokens_per_s"] for name, other in others.items()}
         ratios = ", ".join(f"{row[f'times_faster_than_{name}']:.2f}x {name}" for name in others)
         print(f"{schedule} B={block}, batch {size}: {speed:.0f} tokens/s, {ratios}", file=sys.stderr)
         found["engine"].append(row)
     return found
+
+
+@contextmanager
+def served_by_vllm(
+    model: BlockDiffusionLM, block: int, max_batch: int, arguments: argparse.Namespace
+) -> Iterator[Engine]:
+    """The same weights in vLLM."""
+    from actors.vllm_engine import VllmEngine
+    from actors.vllm_serving import Serving
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.hf.save_pretrained(folder)
+        blueprint = Blueprint(
+            path=folder,
+            model_type=model.hf.config.model_type,
+            mask_id=model.mask_id,
+            token_limit=int((~model.suppressed_V).nonzero().max()) + 1,
+            max_positions=model.hf.config.max_position_embeddings,
+            layout=tuple((name, tuple(p.shape)) for name, p in model.hf.named_parameters()),
+        )
+        serving = Serving(
+            max_block=block,
+            max_tokens=arguments.prompt * 3 // 2 + arguments.new_tokens,
+            max_batch=max_batch,
+            cache_gb=arguments.cache_gb,
+            device=model.device.type,
+            dtype=model.dtype,
+            prefix_caching=False,
+        )
+        engine = VllmEngine(blueprint, serving)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list[Request]:
@@ -160,7 +206,7 @@ def measure(
     model: BlockDiffusionLM,
     requests: Sequence[Request],
     decoding: Decoding,
-    make_engine: Callable[[], TorchEngine],
+    make_engine: Callable[[], Engine],
     *,
     at_once: int,
     to_the_longest: bool = False,
@@ -170,6 +216,7 @@ def measure(
     Tokens beyond a request's own length count for nothing.
     """
     engine = make_engine()
+    before = asdict(engine.stats)
     start = time.perf_counter()
     tokens = 0
     for first in range(0, len(requests), at_once):
@@ -181,7 +228,7 @@ def measure(
         else:
             tokens += sum(t.completion_len for t in engine.generate(batch, decoding))
     seconds = time.perf_counter() - start
-    stats = engine.stats
+    stats = EngineStats(**{name: value - before[name] for name, value in asdict(engine.stats).items()})
     return {
         **asdict(stats),
         "tokens_per_s": tokens / seconds,

@@ -32,6 +32,19 @@ def make_model(seed: int = 0) -> BlockDiffusionLM:
     return BlockDiffusionLM(hf.eval(), mask_id=MASK_ID, token_limit=62).eval()
 
 
+def save_model(model: BlockDiffusionLM, folder: Path) -> Path:
+    """A checkpoint folder of a model, with a word for every token it may predict but the mask."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(62)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t7")
+    model.hf.config.mask_token_id = model.mask_id
+    model.hf.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
 def make_requests(lengths: list[int], seed: int = 0) -> list[Request]:
     """Random prompts of the given lengths."""
     rng = random.Random(seed)

@@ -125,13 +125,30 @@ class RolloutConfig(Section):
     """Times a sample whose engine or verifier failed is tried before its group counts as failed."""
 
 
+class VllmConfig(Section):
+    """The vLLM engine (`actors.engine=vllm`); docs/engines.md."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks that share a model; on GPUs `actors.gpus` must be as many."""
+    memory_share: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory that weights and cache may take; None: `actors.cache_gb` for the cache."""
+    max_block: int = Field(0, ge=0)
+    """Largest block size it decodes; 0: the largest of the curriculum and of evaluations."""
+    max_tokens: int = Field(0, ge=0)
+    """Longest sequence, prompt and completion; 0: data.max_prompt_tokens + rollout.max_new_tokens."""
+    prefix_caching: bool = True
+    """Keep the cache of prompts for later requests that begin alike, of the same block size and weights."""
+    async_scheduling: bool = False
+    """Schedule a step while the one before runs."""
+
+
 class ActorsConfig(Section):
     """Rollout actors."""
 
     count: int = Field(2, ge=1)
     """Rollout actors; each has its own copy of the model."""
-    engine: Literal["torch"] = "torch"
-    """Which engine decodes."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Which engine decodes; docs/engines.md says what differs."""
     max_batch: int = Field(128, ge=1)
     """Sequences an actor decodes at once."""
     cache_gb: float = Field(4.0, gt=0)
@@ -158,6 +175,24 @@ class ActorsConfig(Section):
     """Probes in a row that an actor may leave unanswered before it is replaced."""
     stall_s: float = Field(300, gt=0)
     """An actor that holds work and makes no progress for so long is replaced."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of that engine."""
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Self:
+        if self.engine == "vllm":
+            ranks = self.vllm.tensor_parallel
+            if self.gpus and self.gpus != ranks:
+                raise ValueError(
+                    f"actors.gpus={self.gpus:g} and actors.vllm.tensor_parallel={ranks}: each rank takes one GPU; "
+                    "make them equal"
+                )
+            if not self.gpus and self.vllm.memory_share is not None:
+                raise ValueError(
+                    f"actors.vllm.memory_share={self.vllm.memory_share:g} is a share of a GPU's memory, but "
+                    "actors.gpus=0; set actors.cache_gb instead"
+                )
+        return self
 
 
 class RewardConfig(Section):
@@ -380,6 +415,17 @@ class Config(Section):
         if curriculum.stages:
             return tuple(sorted({block for s in curriculum.stages for block in (s.rollout_block, s.train_block)}))
         return curriculum.blocks
+
+    @property
+    def served_actors(self) -> ActorsConfig:
+        """``actors`` with the block size and length that vLLM must be started for filled in."""
+        vllm, stages = self.actors.vllm, self.curriculum.resolve()
+        largest = max(*(stage.rollout_block for stage in stages), *self.eval_blocks)
+        filled = {
+            "max_block": vllm.max_block or largest,
+            "max_tokens": vllm.max_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens,
+        }
+        return self.actors.model_copy(update={"vllm": vllm.model_copy(update=filled)})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -261,6 +261,41 @@ def _brief(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A checkpoint without its weights: what an engine must know that loads them by itself."""
+
+    path: str
+    """Folder or hub name."""
+    model_type: str
+    """As its config says."""
+    mask_id: int
+    """Mask token."""
+    token_limit: int
+    """Ids from here on do not exist in the tokenizer and are never predicted."""
+    max_positions: int
+    """Longest sequence the model was made for."""
+    layout: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of each parameter, in the order of the flat buffer (`tstar_ray.weights`)."""
+
+
+def read_blueprint(path: str | Path, *, mask_token_id: int | None = None) -> Blueprint:
+    """Raises ValueError as `load_checkpoint` does."""
+    path = _resolve(path)
+    config_dict, model_class, config = _read_config(path)
+    tokenizer = _read_tokenizer(path)
+    with torch.device("meta"):
+        module = model_class(config)
+    return Blueprint(
+        path=path,
+        model_type=config_dict["model_type"],
+        mask_id=_find_mask_id(path, mask_token_id, config_dict, tokenizer),
+        token_limit=len(tokenizer),
+        max_positions=config.max_position_embeddings,
+        layout=tuple((name, tuple(p.shape)) for name, p in module.named_parameters()),
+    )
+
+
 def _resolve(path: str | Path) -> str:
     return str(EMBEDDED_FOLDER if path == EMBEDDED else path)
 

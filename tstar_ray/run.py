@@ -187,6 +187,11 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
 
     try:
         tokenizer, stop_ids = inspect_checkpoint(config.model.path, mask_token_id=config.model.mask_token_id)
+        if config.actors.engine == "vllm":
+            from actors.rollout import plan_serving
+            from actors.vllm_serving import check_servable
+
+            check_servable(*plan_serving(config.model, config.served_actors))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     problems = load_problem_sets(config.data, tokenizer, held_out=config.eval.problems)
@@ -240,7 +245,7 @@ def actor_makers(config: Config, placement: Any) -> tuple[Callable[[int, str], A
 
     def make_rollout(index: int, name: str) -> Any:
         return rollout_actor.options(name=name, **placement.rollout).remote(
-            index, config.model, config.actors, threads=placement.rollout_threads, weights=transport
+            index, config.model, config.served_actors, threads=placement.rollout_threads, weights=transport
         )
 
     def make_reward(index: int, name: str) -> Any:

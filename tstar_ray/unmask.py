@@ -21,6 +21,8 @@ _LOTTERY_STEP = -1
 """Step that no decoding has: its uniforms are the lottery of a random reveal order."""
 _PIECE = 128
 """Vocabulary entries summed together when a token is looked up."""
+_WIDE_PIECE = 2**14
+"""Vocabulary entries turned to fp32 together."""
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -61,15 +63,16 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
 
     ``logits`` are overwritten, so that one vocabulary-sized tensor serves the whole draw where nothing is truncated.
     """
-    logits = logits.float()
     temperature = decoding.temperature
     entropy = torch.zeros_like(uniform)
     if decoding.strategy == "entropy":
+        logits = logits.float()
         entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
     if temperature == 0:
         token = logits.argmax(dim=-1)
-        logprob = _pick(logits, token) - logits.logsumexp(dim=-1)
+        logprob = _pick(logits, token).float() - _logsumexp(logits)
         return Candidates(token=token, logprob=logprob, confidence=logprob.exp(), entropy=entropy)
+    logits = logits.float()
     if decoding.top_k or decoding.top_p < 1:
         raw = torch.log_softmax(logits, dim=-1)
         density = raw if temperature == 1 else torch.log_softmax(raw / temperature, dim=-1)
@@ -91,6 +94,14 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
     logprob = chosen - total.log()
     confidence = logprob if norm is None else chosen * temperature + top - norm
     return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """[M, V] -> fp32 [M]; of a smaller dtype a piece of the vocabulary at a time, never all of it in fp32."""
+    if logits.dtype == torch.float32:
+        return logits.logsumexp(dim=-1)
+    parts = [part.float().logsumexp(dim=-1) for part in logits.split(_WIDE_PIECE, dim=-1)]
+    return torch.stack(parts).logsumexp(dim=0)
 
 
 def _pick(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def test_denoising_steps_scale_with_the_block():
         ("actors.count=0", "actors.count=0: input should be greater than or equal to 1"),
         ("rollout.group_size=1", "rollout.group_size=1: input should be greater than or equal to 2"),
         ("rollout.temperature=0", "rollout.temperature=0: input should be greater than 0"),
-        ("actors.engine=sglang", "actors.engine='sglang': input should be 'torch'"),
+        ("actors.engine=sglang", "actors.engine='sglang': input should be 'torch' or 'vllm'"),
         ("curriculum.mode=foo", "curriculum.mode='foo': input should be 'tstar', 'direct' or 'fixed'"),
         ("curriculum.blocks=[4,6]", "6 is no multiple of 4"),
         ("curriculum.blocks=[8,4]", "4 after 8 does not grow"),

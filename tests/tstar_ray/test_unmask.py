@@ -213,3 +213,16 @@ def test_uniform_numbers_are_uniform_and_do_not_depend_on_one_another():
     grid = uniforms(*torch.meshgrid(*[torch.arange(50)] * 3, indexing="ij")).flatten()
     # 125,000 draws of 24 bits repeat about 465 times by chance
     assert len(grid) - len(grid.unique()) < 700
+
+
+@pytest.mark.parametrize("vocabulary", [100, 2**14 + 5])
+def test_greedy_log_probs_of_half_precision_are_those_of_fp32(vocabulary):
+    """The sum is taken piece by piece, so that nothing vocabulary-sized is turned to fp32."""
+    torch.manual_seed(0)
+    logits = (torch.randn(7, vocabulary) * 4).bfloat16()
+    logits[:, 3] = -torch.inf
+    exact = draw(logits.float(), torch.zeros(7), decoding(temperature=0.0))
+    found = draw(logits, torch.zeros(7), decoding(temperature=0.0))
+    assert found.token.tolist() == exact.token.tolist()
+    assert found.logprob.dtype == torch.float32
+    torch.testing.assert_close(found.logprob, exact.logprob, atol=1e-5, rtol=0)
