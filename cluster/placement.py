@@ -77,9 +77,14 @@ def plan(config: Config, resources: Mapping[str, float], *, with_learner: bool =
     )
 
 
-def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str) -> dict[str, Any]:
+class ActorLostError(ClusterError):
+    """An actor died before it was ready, with or without its node."""
+
+
+def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str, *, supervised: bool = False) -> dict[str, Any]:
     """Results of all actors' first calls. Raises ClusterError with an actor's own message where it failed, and
-    with the names of those not ready and what the cluster has left where time ran out."""
+    with the names of those not ready and what the cluster has left where time ran out; ActorLostError for one that
+    died, unless they are ``supervised`` and whoever does that replaces it."""
     import ray
 
     names = {ref: name for name, ref in refs.items()}
@@ -97,6 +102,9 @@ def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str) -> dict[str
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                if not supervised:
+                    raise ActorLostError(f"{names[ref]} did not start: {_cause(error)}") from error
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"{names[ref]} did not start: {_cause(error)}") from error
     return results

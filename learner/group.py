@@ -145,7 +145,7 @@ class LearnerGroup:
         self.wait: Callable[..., tuple[list[Any], list[Any]]] = ray.wait
         """(refs, timeout=seconds) -> (done, pending)."""
         self.places: dict[str, Place] = {}
-        """Where the ranks run."""
+        """Where the ranks run; empty until all have started."""
         self.restarts = 0
         """Times the group was built anew."""
         self.ranks: list[Any] = []
@@ -154,7 +154,7 @@ class LearnerGroup:
     def _make_ranks(self) -> None:
         suffix = f"-r{self.restarts}" if self.restarts else ""
         self._signs: dict[int, tuple[Any, float]] = {}
-        self._known: set[int] = set()
+        self.places = {}
         self.ranks = [self._make(rank, f"learner-{rank}{suffix}") for rank in range(self._count)]
 
     def start(self, timeout_s: float) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class LearnerGroup:
             done, pending = self.wait(pending, timeout=max(0.0, min(left, self._silent_s / 4)))
             if not done:
                 if left <= 0:
-                    raise LearnerLostError(f"learner: {what} took longer than {timeout_s:g} s (learner.timeout_s)")
+                    raise LearnerLostError(f"learner: {what} took longer than {timeout_s:g} s")
                 self._probe(what)
                 continue
             try:
@@ -230,8 +230,8 @@ class LearnerGroup:
         return ray.get(refs)
 
     def _probe(self, what: str) -> None:
-        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died, or gave one and
-        is silent now; how long one may take to start is up to the caller's own limit."""
+        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died or, once all have
+        started, is silent; how long a start may take is up to the caller's own limit."""
         import ray
 
         now = time.monotonic()
@@ -243,10 +243,9 @@ class LearnerGroup:
                 except ray.exceptions.RayActorError as error:
                     raise LearnerLostError(f"learner: rank {index} was lost during {what}: {error}") from error
                 ref = None
-                self._known.add(index)
             if ref is None:
                 self._signs[index] = rank.alive.remote(), now
-            elif index in self._known and now - sent > self._silent_s:
+            elif self.places and now - sent > self._silent_s:
                 raise LearnerLostError(
                     f"learner: rank {index} gave no sign of life in {now - sent:.0f} s during {what}"
                 )

@@ -378,6 +378,26 @@ def test_a_lost_learner_rank_takes_the_run_back_to_its_checkpoint_and_to_the_sam
     assert_same_end(tmp_path / "job", straight)
 
 
+def test_actors_that_die_while_a_run_starts_are_replaced(tmp_path):
+    job = start(tmp_path, *SMALL, TSTAR_TEST_MARK=str(tmp_path))
+    victims = []
+    for title in (b"ray::RolloutWorker", b"ray::LearnerRank"):
+        deadline, found = time.monotonic() + 120, []
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = [
+                pid for pid in _marked(str(tmp_path)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title)
+            ]
+        os.kill(found[0], signal.SIGKILL)
+        victims.append(found[0])
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    assert "takes its place" in output
+    assert "building the learner anew" in output
+    assert [r["update"] for r in records(tmp_path / "job")] == [1, 2, 3, 4]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in victims), "the faults really happened"
+
+
 def test_a_stopped_learner_rank_is_noticed_and_its_group_rebuilt(tmp_path):
     """SIGSTOP to one of two ranks: the other waits in a collective."""
     job = start(tmp_path, *SEVEN, "learner.ranks=2", "learner.silent_s=6", "curriculum.updates=[40,3]")

@@ -130,7 +130,8 @@ def replay_update(config: Config, traces: Path) -> int:
             session = stack.enter_context(connect(config.cluster, namespace=f"tstar-replay-{os.getpid()}"))
             placement = plan(config, session.resources)
             learner = _start_learner(config, placement, stack)
-            wait_ready(learner.start(config.cluster.start_timeout_s), config.cluster.start_timeout_s, "learner")
+            limit = config.cluster.start_timeout_s
+            learner.places = wait_ready(learner.start(limit), limit, "learner")
             if checkpoint:
                 learner.load(checkpoint.folder / "learner")
                 update = checkpoint.state["update"]
@@ -272,9 +273,10 @@ def start_rollouts(
     """Supervised pools of both kinds of actors, and the collector that drives them, once all and the learner (None: an
     evaluation has none) are ready; raises ClusterError past the start limit. Under ``cluster.autoscaling`` the pools
     wait for theirs."""
-    from cluster.placement import wait_ready
+    from cluster.placement import ActorLostError, wait_ready
     from cluster.pool import ActorPool, Supervision
     from cluster.scale import Desk
+    from learner.group import LearnerLostError
     from tstar_ray.collector import Collector, Limits
 
     actors, start_s = config.actors, config.cluster.start_timeout_s
@@ -302,9 +304,13 @@ def start_rollouts(
     rollouts = pool("rollout", make_rollout, actors.count, serves_weights=True)
     rewards = pool("reward", make_reward, config.reward.count, serves_weights=False)
     if not config.cluster.autoscaling:
-        wait_ready(rollouts.starting | rewards.starting, start_s, "actors")
+        wait_ready(rollouts.starting | rewards.starting, start_s, "actors", supervised=True)
     if learner:
-        learner.places = wait_ready(learner.start(start_s), start_s, "learner")
+        try:
+            learner.places = wait_ready(learner.start(start_s), start_s, "learner")
+        except (ActorLostError, LearnerLostError) as error:
+            reporter.say(f"{error}; building the learner anew")
+            learner.restart(start_s)
     ahead = config.rollout.max_staleness > 0
     limits = Limits(
         rollout_s=actors.timeout_s,

@@ -250,7 +250,8 @@ class SlowRank(SimulatedRank):
         super().__init__(*arguments, **more)
 
 
-def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silent_is(session):
+@pytest.mark.parametrize("rank_class", [SimulatedRank, SlowRank])
+def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silent_is(session, rank_class):
     group = LearnerGroup(
         Times(update_s=60),
         LearnerConfig(silent_s=1.5),
@@ -258,7 +259,7 @@ def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silen
         threads=1,
         seed=0,
         weights=ObjectStoreTransport(),
-        rank_class=SlowRank,
+        rank_class=rank_class,
     )
     try:
         group.restart(60)
