@@ -176,8 +176,14 @@ def test_weights_whose_owner_died_cost_no_actor_and_the_next_ones_are_proved(ben
 
 def test_weights_that_cannot_be_had_end_in_a_loss_within_the_limit(bench):
     one = bench(behaviour="orphan")
+    one.until(lambda: one.pool.proving)
     one.pool.serve(published(1))
-    one.until(lambda: one.pool.restarts == 1, step=5.0)
+
+    def lost():
+        one.now += 1.0  # it is asked again and again, and always answers
+        return one.pool.restarts == 1
+
+    one.until(lost)
     assert "no proof of its weights in 30 s" in one.events[0]
 
 
