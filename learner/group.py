@@ -20,8 +20,8 @@ from tstar_ray.config import LearnerConfig, ModelConfig
 from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Group, Trajectory
 
-_NOTICE_S = 2.0
-"""Seconds that Ray may need to see a process end."""
+_COLLECTIVE = ("gloo", "NCCL", "DistBackendError", "Connection reset by peer", "Connection closed by peer")
+"""Signs of a collective that failed, in the text of an error."""
 
 
 class WeightSink(Protocol):
@@ -222,10 +222,10 @@ class LearnerGroup:
             except ray.exceptions.RayActorError as error:
                 raise LearnerLostError(f"learner: {what} failed: {error}") from error
             except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, FloatingPointError):
-                    # A collective may notice a lost neighbour before Ray does.
-                    time.sleep(_NOTICE_S)
-                    self._probe(what)
+                told = f"{type(error.cause).__name__}: {error.cause}"
+                if len(self.ranks) > 1 and any(sign in told for sign in _COLLECTIVE):
+                    # A collective notices a lost neighbour seconds before Ray does, and its group is of no more use.
+                    raise LearnerLostError(f"learner: a rank was lost during {what}: {error.cause}") from error
                 raise LearnerError(f"learner: {what} failed: {error.cause}") from error
         return ray.get(refs)
 

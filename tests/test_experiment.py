@@ -105,7 +105,7 @@ def test_a_failed_run_is_named_and_does_not_stop_the_others(tmp_path):
         )
     )
     output = experiment(tmp_path, file=file, expect=1)
-    assert "broken-s1 FAILED (exit code 2): error: model '/nowhere'" in output
+    assert "broken-s1 FAILED (exit code 2): error: model.path=/nowhere" in output
     assert "works-s1 done" in output
     assert "failed: broken-s1" in output
     found = json.loads((tmp_path / "e" / "experiment.json").read_text())

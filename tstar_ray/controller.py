@@ -357,9 +357,12 @@ class Controller:
     def _check_replay(self, groups: Sequence[Group], block: int) -> None:
         error = self._learner.replay_error([g.samples[0].trajectory for g in groups[:8]])
         if self._config.learner.gpus == 0 and not error <= REPLAY_TOLERANCE:
+            kept = self._folder / "failed" / f"replay-b{block}.parquet"
+            write_traces(kept, groups)
             raise RuntimeError(
                 f"replaying rollouts in the learner misses their log-probs by up to {error:.2e} nats at B={block} "
-                f"(tolerance {REPLAY_TOLERANCE:g}): engine and learner disagree, training would be wrong"
+                f"(tolerance {REPLAY_TOLERANCE:g}): engine and learner disagree, training would be wrong; the "
+                f"trajectories are kept in {kept}"
             )
         self._reporter.say(f"  replay check at B={block}: largest log-prob difference {error:.1e}")
 
