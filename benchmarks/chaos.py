@@ -153,7 +153,8 @@ class Chaos:
         if number == len(self._kinds) or time.monotonic() < self._earliest:
             return False
         # The last ones come early enough to be mended before the run ends.
-        return self._made >= 1 + (self._updates - 4) * number / len(self._kinds)
+        span = self._updates - max(6, self._updates // 7)
+        return self._made >= 1 + span * number / len(self._kinds)
 
     def _strike(self, kind: str) -> None:
         """One fault; none if there is nobody to hit at this moment, and it is tried again."""
