@@ -67,6 +67,7 @@ class VllmEngine(Rounds):
         self._stats = EngineStats()
         self._work: dict[int, _Work] = {}
         self._core = start(blueprint, serving)
+        self._threads = torch.get_num_threads()
         self._scheduler = self._core.engine_core.scheduler
         self._layout = [(name, shape) for name, shape in blueprint.layout]
         self._proof = self._prove(version)
@@ -207,6 +208,9 @@ class VllmEngine(Rounds):
 
     def _round(self) -> None:
         """One step of vLLM."""
+        # A setting of the calling thread, and callers take turns: vLLM's CPU kernels need it to be the same in all. vLLM
+        # puts a function that does nothing in the place of torch's own.
+        torch._C.set_num_threads(self._threads)
         began = time.perf_counter()
         outputs = self._core.get_output().outputs
         decoded = time.perf_counter()
