@@ -208,8 +208,8 @@ class VllmEngine(Rounds):
 
     def _round(self) -> None:
         """One step of vLLM."""
-        # A setting of the calling thread, and callers take turns: vLLM's CPU kernels need it to be the same in all. vLLM
-        # puts a function that does nothing in the place of torch's own.
+        # A setting of the calling thread, and callers take turns: vLLM's CPU kernels need it to be the same in all.
+        # vLLM puts a function that does nothing in the place of torch's own.
         torch._C.set_num_threads(self._threads)
         began = time.perf_counter()
         outputs = self._core.get_output().outputs
