@@ -116,13 +116,13 @@ class Controller:
     def run(self) -> Result:
         """Everything, from the start table to the end table."""
         self._learner.wait = self._collector.wait
-        if self._config.run.resume:
-            self._resume(self._config.run.resume)
         lost: LearnerLostError | None = None
         while True:
             try:
                 if lost:
                     self._recover(lost)
+                elif self._config.run.resume:
+                    self._resume(self._config.run.resume)
                 return self._go_on()
             except LearnerLostError as error:
                 lost = error
@@ -487,7 +487,7 @@ class Controller:
         version = self._version + 1
         try:
             self._learner.restart(self._config.cluster.start_timeout_s)
-            if self._before:
+            if self._before or self._config.run.resume:
                 self._resume(self._folder)
         finally:
             self._version = version  # a number means one set of weights, in every process that serves them
