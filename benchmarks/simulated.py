@@ -45,7 +45,7 @@ from tstar_ray.weights import Proof, checksum
 class Times:
     """What the simulated parts take."""
 
-    token_s: float = 0.01
+    token_s: float = 0.002
     """One token of one sequence on an actor."""
     median_tokens: float = 180.0
     """Of completions."""
