@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 def chaos(tmp_path_factory):
     """What the suite printed, and the folder of the run that it disturbed."""
     folder = tmp_path_factory.mktemp("chaos")
-    command = [sys.executable, "-m", "benchmarks.chaos", "--faults", str(len(KINDS)), "--updates", "8", "10"]
+    command = [sys.executable, "-m", "benchmarks.chaos", "--faults", str(len(KINDS)), "--updates", "8", "14"]
     command += ["--no-baseline", "--folder", str(folder), "--set", "eval.problems=64", "rollout.problems=12"]
     command += ["actors.probe_failures=3"]
     job = subprocess.run(
@@ -41,7 +41,7 @@ def test_a_run_survives_every_kind_of_fault(chaos):
 
 def test_the_books_of_a_disturbed_run_add_up(chaos):
     books = chaos[0]["books"]
-    assert books["updates"] == 18
+    assert books["updates"] == 22
     assert books["groups"]["dispatched"] == sum(n for how, n in books["groups"].items() if how != "dispatched")
     assert books["problems"] == books["groups"]["trained"] + books["groups"]["filtered"]
     assert 0 < max(map(int, books["staleness"])) <= books["bound"] == 2
