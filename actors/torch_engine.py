@@ -43,7 +43,7 @@ from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import BlockDiffusionLM
 from tstar_ray.trajectory import Request, Trajectory
-from tstar_ray.weights import Proof, checksum, flatten, load_flat
+from tstar_ray.weights import Proof, checksum_parts, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
 
@@ -67,7 +67,7 @@ class TorchEngine(Rounds):
         self._model = model.eval()
         self._max_batch, self._cache_gb = max_batch, cache_gb
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
-        self._proof = Proof(version, checksum(flatten(model)))
+        self._proof = Proof(version, checksum_parts(model.parameters()))
         self._stats = EngineStats()
         config = model.hf.config
         self._groups = config.num_attention_heads // config.num_key_value_heads
@@ -91,7 +91,7 @@ class TorchEngine(Rounds):
         """See `actors.engine.Engine.load_weights`."""
         with self.paused():
             load_flat(self._model, flat)
-            self._proof = Proof(version, checksum(flatten(self._model)))
+            self._proof = Proof(version, checksum_parts(self._model.parameters()))
             if self._cache_update == "recompute":
                 self._slots.column("committed")[:] = 0
             else:
