@@ -108,15 +108,15 @@ class TorchEngine(Rounds):
     def _submit(self, requests: Sequence[Request], decoding: Decoding) -> list[int]:
         """Queue requests; they join the batch in the next rounds."""
         with self.paused():
-            if decoding not in self._rules:
-                self._rules.append(decoding)
-            rule = self._rules.index(decoding)
             work = []
             for request in requests:
+                own = decoding.of_sample(request.sample)
+                if own not in self._rules:
+                    self._rules.append(own)
                 if self._model.mask_id in request.prompt_ids:
                     mask_id = self._model.mask_id
                     raise ValueError(f"the prompt of group {request.group_id} holds the mask token {mask_id}")
-                work.append(Work(next(self._tickets), request, decoding, rule))
+                work.append(Work(next(self._tickets), request, own, self._rules.index(own)))
             longest = max((item.limit for item in work), default=0)
             if longest > self._positions:
                 need = longest * self._cache.bytes_per_position / 2**30

@@ -101,6 +101,15 @@ class DataConfig(Section):
         return prompt
 
 
+class VariantConfig(Section):
+    """How some samples of a group are decoded otherwise."""
+
+    threshold: float | None = Field(None, ge=0, le=1)
+    """`dynamic`: another threshold."""
+    sub_block: int | None = Field(None, ge=1)
+    """In sub-blocks of this size, from left to right, where the block is larger."""
+
+
 class RolloutConfig(Section):
     """What is sampled for one update."""
 
@@ -121,6 +130,8 @@ class RolloutConfig(Section):
     """Confidence of a token: its probability at temperature 1, or under the distribution it was drawn from."""
     entropy_bound: float = Field(0.35, gt=0)
     """`entropy` unmasking: bound in nats."""
+    variants: tuple[VariantConfig, ...] = ()
+    """Ways to decode inside one group: sample i uses entry i modulo their number. Empty: all alike."""
     max_attempts: int = Field(3, ge=1)
     """Times a sample whose engine or verifier failed is tried before its group counts as failed."""
 

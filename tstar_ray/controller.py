@@ -32,7 +32,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from tstar_ray.collector import Batch, Collection, Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
 from tstar_ray.data import ProblemSets, ProblemStream, PromptedProblem
-from tstar_ray.decoding import Decoding
+from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.evaluate import Evaluation, summarise
 from tstar_ray.ledger import Ledger
 from tstar_ray.record import DASHBOARD, accuracy, staleness, update_record
@@ -104,6 +104,7 @@ class Controller:
         self._stop_ids, self._held_out = stop_ids, problems.held_out
         self._stream = ProblemStream(problems.train, seed=config.run.seed)
         self._curriculum = Curriculum(config.curriculum.resolve(), config.curriculum.rollback)
+        self._variants = tuple(Variant(v.threshold, v.sub_block) for v in config.rollout.variants)
         self._ledger = Ledger()
         self._update = self._version = 0
         self._window: deque[_Pending] = deque()
@@ -193,7 +194,7 @@ class Controller:
         self._metrics.set("buffer_depth", self._ledger.depth)
         pending.batch = self._collector.dispatch(
             problems,
-            self._decoding(stage, stage.rollout_block, rollout.temperature),
+            replace(self._decoding(stage, stage.rollout_block, rollout.temperature), variants=self._variants),
             group_size=rollout.group_size,
             into=pending.batch,
             when_done=lambda batch: self._refill(stage, pending),
