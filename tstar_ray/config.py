@@ -44,6 +44,9 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     save_traces: bool = True
     """Write every update's trajectories as Parquet."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where numbers, samples and figures are shown besides the run folder; wandb needs `pip install tstar_ray[wandb]`.
+    """
     report: bool = True
     """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 

@@ -168,6 +168,7 @@ class Controller:
         self._record(stage, collection, trainable, report, trained, start)
         if self._curriculum.step(evaluated):
             self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
+            self._reporter.stage_ended(self._update, stage)
             self._cancel_window()
             if not self._curriculum.done:
                 self._enter_stage()
@@ -351,6 +352,7 @@ class Controller:
             self._reporter.phase(None, f"evaluating the {label} at B={block}")
             evaluation, groups = self._evaluate(None, block, self._config.eval.problems)
             self._reporter.evaluation(self._update, f"{label}, B={block}", evaluation)
+            self._reporter.samples(self._update, groups)
             evaluations.append(evaluation)
             self._check_replay(groups, block)
         return evaluations
@@ -371,8 +373,9 @@ class Controller:
         every = self._config.eval.every
         if not (self._curriculum.wants_evaluation or (every and self._update % every == 0)):
             return None
-        evaluation, _ = self._evaluate(stage, stage.train_block, self._config.eval.problems_during)
+        evaluation, groups = self._evaluate(stage, stage.train_block, self._config.eval.problems_during)
         self._reporter.evaluation(self._update, f"held-out, B={stage.train_block}", evaluation)
+        self._reporter.samples(self._update, groups)
         return evaluation.accuracy
 
     def _record(
