@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is run: as it stands, with less work, as far as its settings, or in another test.
+"""Every command in README.md and docs/ is run: as it stands, with less work, as far as its settings, or elsewhere.
 
 A command that is in none of the tables below fails, and so does an entry that no page has any more.
 """

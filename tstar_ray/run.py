@@ -108,7 +108,7 @@ def replay_update(config: Config, traces: Path) -> int:
     from learner.group import LearnerError
     from learner.report import report_dict
     from tstar_ray.checkpoint import newest_checkpoint
-    from tstar_ray.controller import update_spec
+    from tstar_ray.stage_settings import update_spec
     from tstar_ray.traces import read_traces
 
     if not traces.is_file():
