@@ -43,7 +43,7 @@ from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import BlockDiffusionLM
 from tstar_ray.trajectory import Request, Trajectory
-from tstar_ray.weights import Proof, checksum, flatten, load_flat
+from tstar_ray.weights import Proof, checksum_parts, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
 
@@ -67,7 +67,7 @@ class TorchEngine(Rounds):
         self._model = model.eval()
         self._max_batch, self._cache_gb = max_batch, cache_gb
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
-        self._proof = Proof(version, checksum(flatten(model)))
+        self._proof = Proof(version, checksum_parts(model.parameters()))
         self._stats = EngineStats()
         config = model.hf.config
         self._groups = config.num_attention_heads // config.num_key_value_heads
@@ -91,7 +91,7 @@ class TorchEngine(Rounds):
         """See `actors.engine.Engine.load_weights`."""
         with self.paused():
             load_flat(self._model, flat)
-            self._proof = Proof(version, checksum(flatten(self._model)))
+            self._proof = Proof(version, checksum_parts(self._model.parameters()))
             if self._cache_update == "recompute":
                 self._slots.column("committed")[:] = 0
             else:
@@ -108,15 +108,15 @@ class TorchEngine(Rounds):
     def _submit(self, requests: Sequence[Request], decoding: Decoding) -> list[int]:
         """Queue requests; they join the batch in the next rounds."""
         with self.paused():
-            if decoding not in self._rules:
-                self._rules.append(decoding)
-            rule = self._rules.index(decoding)
             work = []
             for request in requests:
+                own = decoding.of_sample(request.sample)
+                if own not in self._rules:
+                    self._rules.append(own)
                 if self._model.mask_id in request.prompt_ids:
                     mask_id = self._model.mask_id
                     raise ValueError(f"the prompt of group {request.group_id} holds the mask token {mask_id}")
-                work.append(Work(next(self._tickets), request, decoding, rule))
+                work.append(Work(next(self._tickets), request, own, self._rules.index(own)))
             longest = max((item.limit for item in work), default=0)
             if longest > self._positions:
                 need = longest * self._cache.bytes_per_position / 2**30

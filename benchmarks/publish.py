@@ -29,7 +29,7 @@ from cluster.session import connect
 from cluster.weights import ObjectStoreTransport, Published
 from tstar_ray.config import ClusterConfig
 from tstar_ray.model import BlockDiffusionLM
-from tstar_ray.weights import Proof, checksum, flatten, load_flat
+from tstar_ray.weights import Proof, checksum, checksum_parts, flatten, load_flat
 
 
 class Receiver:
@@ -53,7 +53,7 @@ class Receiver:
         fetched = time.perf_counter()
         load_flat(self._model, flat)
         loaded = time.perf_counter()
-        checksum(flatten(self._model))
+        checksum_parts(self._model.parameters())
         return {"fetch": fetched - start, "load": loaded - fetched, "checksum": time.perf_counter() - loaded}
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Receiver:
 
     def serves(self) -> str:
         """Checksum of what is loaded."""
-        return checksum(flatten(self._model))
+        return checksum_parts(self._model.parameters())
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def _by_parameter(model: BlockDiffusionLM, actors: list[Any]) -> dict[str, float
                 ray.get(calls)
                 calls = []
         ray.get(calls)
-        expected = checksum(flatten(model))
+        expected = checksum_parts(model.parameters())
         served = ray.get([a.serves.remote() for a in actors])
         took[name] = time.perf_counter() - start
         assert set(served) == {expected}

@@ -215,6 +215,8 @@ def test_outputs_open_with_plain_tools(full):
     assert {"learner/loss", "learner/entropy", "rollout/tpf", "seconds/train", "idle/learner"} <= set(
         events.Tags()["scalars"]
     )
+    assert set(events.Tags()["images"]) == {"stage/curves", "stage/reveals"}
+    assert {"settings/text_summary", "samples/b4/text_summary"} <= set(events.Tags()["tensors"])
 
 
 def test_a_run_ends_with_a_report_of_itself(full):

@@ -63,6 +63,7 @@ def launch(config: AdaptConfig) -> int:
     from tstar_ray.checkpoint import CheckpointError
     from tstar_ray.reporter import Reporter
     from tstar_ray.run import prepare_folder
+    from tstar_ray.tracking import open_trackers
 
     if not config.model.path:
         raise ConfigError("model.path is empty: give the checkpoint to adapt, a local folder or hub name")
@@ -73,8 +74,10 @@ def launch(config: AdaptConfig) -> int:
     if auto and (folder / "result.json").is_file():
         print(f"{folder} has ended already; its model is in {folder / 'final'}")
         return 0
-    with Reporter(folder, total=1) as reporter:
+    trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
+    with Reporter(folder, total=1, trackers=trackers) as reporter:
         reporter.say(f"run folder {folder}")
+        reporter.settings(config.to_yaml())
         try:
             stopped = _run(config, folder, reporter)
         except (ClusterError, LearnerError, CheckpointError) as error:

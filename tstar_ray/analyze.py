@@ -55,7 +55,7 @@ class StageAnalysis:
     end: Schedule
     """Over the last ones; its ``js_stage_start`` compares the two."""
     by_update: tuple[Schedule, ...]
-    """One for each of ``updates``; ``js_stage_start`` to the stage's first updates."""
+    """One for each of ``updates`` if they were asked for; ``js_stage_start`` to the stage's first updates."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; heat-maps of start and end only."""
@@ -88,10 +88,11 @@ class OrderEffect:
 
 def analyze_run(run: RunFolder) -> list[StageAnalysis]:
     """All stages that kept traces."""
-    return [found for found in (_analyze_stage(run, span) for span in run.stages) if found]
+    return [found for found in (analyze_stage(run, span) for span in run.stages) if found]
 
 
-def _analyze_stage(run: RunFolder, span: StageSpan) -> StageAnalysis | None:
+def analyze_stage(run: RunFolder, span: StageSpan, *, every_update: bool = True) -> StageAnalysis | None:
+    """None where it kept no traces. ``every_update``: measure each, or both ends of the stage only."""
     updates = tuple(u for u in span.updates if run.traces(u))
     if not updates:
         return None
@@ -101,7 +102,7 @@ def _analyze_stage(run: RunFolder, span: StageSpan) -> StageAnalysis | None:
     assert last is not None, "traces are there"
     reference = heat_map(first)
     by_update = []
-    for update in updates:
+    for update in updates if every_update else ():
         reveals = run.reveals([update], block)
         assert reveals is not None, "traces are there"
         by_update.append(measure(reveals, stage_start=reference))

@@ -28,7 +28,7 @@ class AdaptRunConfig(RunConfig):
     checkpoint_every: int = Field(200, ge=1)
     """Optimizer steps between checkpoints."""
     log_every: int = Field(10, ge=1)
-    """Optimizer steps a printed row is the mean of; metrics.jsonl and TensorBoard have each of them."""
+    """Optimizer steps a printed row is the mean of; metrics.jsonl and the trackers have each of them."""
 
 
 class AdaptModelConfig(ModelConfig):

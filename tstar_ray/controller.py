@@ -8,18 +8,8 @@
         publish     weights v+1; every actor proves them before it works on     waits for actors
         step        gate open? next stage, with larger blocks
 
-Whatever it waits for, `Collector.wait` keeps rollouts, rewards and supervision going.
-
-**Fresh** (invariant 5). At most ``max_staleness + 1`` batches are in the window: a batch takes its place when it is
-dispatched, and leaves it when the weights of the update that consumed it are live (or it taught nothing). Batches are
-consumed in the order of dispatch. So between the dispatch of a batch and its consumption at most ``max_staleness``
-others are consumed, each of which raises the version by one at most; a batch is dispatched to actors that serve the
-newest weights, and actors only ever move to newer ones. Hence learner version - version of any token <=
-``max_staleness``, without dropping anything for its age (which would favour short, easy problems). With 0 rollouts
-and updates take turns. A roll-back publishes a version of its own, and cancels what is in the window first.
-
-Asserted on every batch: that bound, one block size and it is the stage's (invariant 11: a stage change cancels the
-window, and nothing is dispatched beyond a stage's last update), every dispatched group ends once (invariant 6).
+Whatever it waits for, `Collector.wait` keeps rollouts, rewards and supervision going. How fresh rollouts are, and
+what is asserted on every batch: `tstar_ray.window`.
 
 **A lost learner rank** takes the run back to its newest checkpoint, in place (`_recover`): weights, optimizer,
 curriculum, accounting and data go back together, so that no update is made twice and no group is lost.
@@ -30,31 +20,28 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.metrics import Metrics
-from learner.credit import is_trainable
 from learner.group import LearnerError, LearnerGroup, LearnerLostError
-from learner.report import UpdateReport, UpdateSpec
+from learner.report import UpdateReport
 from tstar_ray.checkpoint import link_tree, newest_checkpoint, write_checkpoint
-from tstar_ray.collector import Batch, Collection, Collector
+from tstar_ray.collector import Collection, Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
-from tstar_ray.data import ProblemSets, ProblemStream, PromptedProblem
+from tstar_ray.data import ProblemSets
 from tstar_ray.decoding import Decoding
-from tstar_ray.evaluate import Evaluation, summarise
-from tstar_ray.ledger import Ledger
-from tstar_ray.record import DASHBOARD, accuracy, staleness, update_record
+from tstar_ray.evaluate import Evaluation
+from tstar_ray.held_out import HeldOut
+from tstar_ray.record import DASHBOARD, accuracy, update_record
 from tstar_ray.reporter import Reporter
+from tstar_ray.stage_settings import update_spec
 from tstar_ray.traces import write_traces
 from tstar_ray.trajectory import Group
-
-REPLAY_TOLERANCE = 1e-3
-"""Largest start-up replay error (nats) in fp32; the tests hold 1e-5, real models have more layers and terms."""
+from tstar_ray.window import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +56,6 @@ class Result:
     """Updates made."""
     stopped: bool
     """Ended early by a signal, at an update boundary, with a checkpoint."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A batch in the window."""
-
-    refills: int
-    """Times it may still be refilled."""
-    batch: Batch | None = None
-    """What the collector works on."""
-    positions: dict[int, int] = field(default_factory=dict)
-    """Group id -> position of its problem in the stream."""
 
 
 class Controller:
@@ -101,12 +76,25 @@ class Controller:
         self._config, self._folder = config, folder
         self._learner, self._collector = learner, collector
         self._reporter, self._metrics = reporter, metrics
-        self._stop_ids, self._held_out = stop_ids, problems.held_out
-        self._stream = ProblemStream(problems.train, seed=config.run.seed)
+        self._held_out = HeldOut(
+            config,
+            folder,
+            problems.held_out,
+            collector=collector,
+            learner=learner,
+            stop_ids=stop_ids,
+            reporter=reporter,
+            metrics=metrics,
+        )
+        self._window = Window(
+            config,
+            collector,
+            problems.train,
+            stop_ids=stop_ids,
+            on_depth=lambda depth: metrics.set("buffer_depth", depth),
+        )
         self._curriculum = Curriculum(config.curriculum.resolve(), config.curriculum.rollback)
-        self._ledger = Ledger()
         self._update = self._version = 0
-        self._window: deque[_Pending] = deque()
         self._before: list[Evaluation] = []
         self._best: Path | None = None
         self._losses: list[float] = []
@@ -131,17 +119,17 @@ class Controller:
         """From where the state is, to the end."""
         self._publish()
         if not self._before:
-            self._before = self._tables("start model")
+            self._before = self._held_out.table(self._update, "start model")
             self._curriculum.state.reference = self._before[0].accuracy
             self._enter_stage()
             self._checkpoint()
         while not self._curriculum.done and not self.stop_requested:
             self._iterate()
-        self._cancel_window()
+        self._window.cancel()
         if self.stop_requested:
             self._checkpoint()
             return Result(self._before, [], self._update, stopped=True)
-        after = self._tables("trained model")
+        after = self._held_out.table(self._update, "trained model")
         self._learner.export(self._folder / "final")
         return Result(self._before, after, self._update, stopped=False)
 
@@ -149,17 +137,19 @@ class Controller:
         """One update."""
         start, stage = time.monotonic(), self._curriculum.stage
         self._fill_window(stage)
-        collection = self._consume(stage)
+        self._reporter.phase(stage, "rollout")
+        with self._metrics.phase("rollout"):
+            collection = self._window.consume(stage, self._version)
         health = self._curriculum.observe(accuracy(collection.groups))
         if health == "collapsed":
             self._roll_back(stage, collection)
             return
         if health == "best":
             self._keep_best(stage)
-        trainable = self._settle(collection)
+        trainable = self._window.settle(collection)
         trained = self._version
         report = self._train(stage, trainable)
-        self._window.popleft()
+        self._window.leave()
         self._update += 1
         if self._config.rollout.max_staleness:
             self._fill_window(stage, ahead=1)
@@ -167,7 +157,8 @@ class Controller:
         self._record(stage, collection, trainable, report, trained, start)
         if self._curriculum.step(evaluated):
             self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
-            self._cancel_window()
+            self._reporter.stage_ended(self._update, stage)
+            self._window.cancel()
             if not self._curriculum.done:
                 self._enter_stage()
             self._checkpoint()
@@ -175,84 +166,8 @@ class Controller:
             self._checkpoint()
 
     def _fill_window(self, stage: Stage, *, ahead: int = 0) -> None:
-        """Dispatch batches up to the staleness bound and the stage's last update, ``ahead`` of whose count we are."""
-        left = stage.gate.updates - self._curriculum.state.step - ahead
-        while len(self._window) < min(left, self._config.rollout.max_staleness + 1):
-            pending = _Pending(refills=self._config.rollout.refill)
-            self._window.append(pending)
-            self._dispatch(stage, pending, self._config.rollout.problems)
-
-    def _dispatch(self, stage: Stage, pending: _Pending, count: int) -> None:
-        """Ask for groups of the next problems, as a new batch or into the pending one."""
-        rollout = self._config.rollout
-        problems: dict[int, PromptedProblem] = {}
-        for position in self._stream.take(count):
-            group_id = self._ledger.dispatch()
-            pending.positions[group_id] = position
-            problems[group_id] = self._stream.problem(position)
-        self._metrics.set("buffer_depth", self._ledger.depth)
-        pending.batch = self._collector.dispatch(
-            problems,
-            self._decoding(stage, stage.rollout_block, rollout.temperature),
-            group_size=rollout.group_size,
-            into=pending.batch,
-            when_done=lambda batch: self._refill(stage, pending),
-        )
-
-    def _refill(self, stage: Stage, pending: _Pending) -> None:
-        """Further problems in place of groups that teach nothing (`rollout.refill`).
-
-        Only once a batch is complete, so that a refill does not favour problems with short answers.
-        """
-        assert pending.batch is not None
-        useful = sum(is_trainable(g, self._config.learner.loss) for g in pending.batch.found.groups)
-        missing = self._config.rollout.problems - useful
-        if missing > 0 and pending.refills:
-            pending.refills -= 1
-            self._dispatch(stage, pending, missing)
-
-    def _consume(self, stage: Stage) -> Collection:
-        """Wait for the oldest batch; it stays in the window until what it teaches is live."""
-        batch = self._window[0].batch
-        assert batch is not None
-        self._reporter.phase(stage, "rollout")
-        with self._metrics.phase("rollout"):
-            collection = self._collector.finish(batch)
-        if not collection.groups:
-            raise RuntimeError(
-                f"all {len(collection.failed)} groups of update {self._update + 1} failed: no sample could be "
-                f"scored; verdicts {dict(collection.verdicts)}"
-            )
-        bound = self._config.rollout.max_staleness
-        ages = staleness(collection.groups, self._version)
-        assert set(ages) <= set(range(bound + 1)), f"staleness {min(ages)} to {max(ages)}, the bound is {bound}"
-        blocks = {s.trajectory.block_size for g in collection.groups for s in g.samples}
-        assert blocks == {stage.rollout_block}, f"blocks {blocks} in a batch of stage {stage.name}"
-        return collection
-
-    def _cancel_window(self) -> None:
-        """Give up every batch that is not consumed; its problems are taken again before any other."""
-        while self._window:
-            pending = self._window.popleft()
-            assert pending.batch is not None
-            self._collector.cancel(pending.batch)
-            for group_id in pending.positions:
-                self._ledger.end(group_id, "cancelled")
-            self._stream.give_back(pending.positions.values())
-        self._ledger.check()
-
-    def _settle(self, collection: Collection) -> list[Group]:
-        """End every group of the batch in the ledger; returns those to train on."""
-        trainable = []
-        for group in collection.groups:
-            keep = is_trainable(group, self._config.learner.loss)
-            self._ledger.end(group.group_id, "trained" if keep else "filtered")
-            if keep:
-                trainable.append(group)
-        for group_id in collection.failed:
-            self._ledger.end(group_id, "failed")
-        self._ledger.check()
-        return trainable
+        """Dispatch for the updates that the stage has left, ``ahead`` of whose count we are."""
+        self._window.fill(stage, stage.gate.updates - self._curriculum.state.step - ahead)
 
     def _train(self, stage: Stage, groups: Sequence[Group]) -> UpdateReport | None:
         """Update and publish; without contrast in any group there is nothing to learn, and the weights stay."""
@@ -305,7 +220,7 @@ class Controller:
             shutil.rmtree(previous)
 
     def _roll_back(self, stage: Stage, collection: Collection) -> None:
-        self._cancel_window()
+        self._window.cancel()
         assert self._best is not None, "a collapse is measured against a best that was saved"
         best = self._curriculum.state.best
         self._reporter.say(
@@ -318,60 +233,12 @@ class Controller:
         if not self._curriculum.done and self._curriculum.stage is not stage:
             self._enter_stage()
 
-    def _decoding(self, stage: Stage | None, block: int, temperature: float) -> Decoding:
-        """Settings of the stage at one block size; its step count applies to its own rollout block only."""
-        rollout, curriculum = self._config.rollout, self._config.curriculum
-        own = stage is not None and block == stage.rollout_block
-        return Decoding(
-            block_size=block,
-            max_new_tokens=rollout.max_new_tokens,
-            stop_ids=self._stop_ids,
-            strategy=stage.strategy if stage else curriculum.strategy,
-            denoising_steps=stage.denoising_steps if stage and own else None,
-            threshold=stage.threshold if stage else curriculum.threshold,
-            entropy_bound=rollout.entropy_bound,
-            temperature=temperature,
-            confidence=rollout.confidence,
-        )
-
-    def _evaluate(self, stage: Stage | None, block: int, count: int) -> tuple[Evaluation, list[Group]]:
-        decoding = self._decoding(stage, block, self._config.eval.temperature)
-        # Ids below zero, apart from those of groups that are dispatched for training.
-        problems = {-1 - i: problem for i, problem in enumerate(self._held_out[:count])}
-        with self._metrics.phase("evaluate"):
-            batch = self._collector.dispatch(problems, decoding, group_size=1, urgent=True)
-            found = self._collector.finish(batch)
-        return summarise(found.groups, decoding, unscored=len(found.failed)), found.groups
-
-    def _tables(self, label: str) -> list[Evaluation]:
-        """One evaluation at each block size, and the start-up self-check of invariant 1 on their trajectories."""
-        evaluations = []
-        for block in self._config.eval_blocks:
-            self._reporter.phase(None, f"evaluating the {label} at B={block}")
-            evaluation, groups = self._evaluate(None, block, self._config.eval.problems)
-            self._reporter.evaluation(self._update, f"{label}, B={block}", evaluation)
-            evaluations.append(evaluation)
-            self._check_replay(groups, block)
-        return evaluations
-
-    def _check_replay(self, groups: Sequence[Group], block: int) -> None:
-        error = self._learner.replay_error([g.samples[0].trajectory for g in groups[:8]])
-        if self._config.learner.gpus == 0 and not error <= REPLAY_TOLERANCE:
-            kept = self._folder / "failed" / f"replay-b{block}.parquet"
-            write_traces(kept, groups)
-            raise RuntimeError(
-                f"replaying rollouts in the learner misses their log-probs by up to {error:.2e} nats at B={block} "
-                f"(tolerance {REPLAY_TOLERANCE:g}): engine and learner disagree, training would be wrong; the "
-                f"trajectories are kept in {kept}"
-            )
-        self._reporter.say(f"  replay check at B={block}: largest log-prob difference {error:.1e}")
-
     def _evaluate_during(self, stage: Stage) -> float | None:
         every = self._config.eval.every
         if not (self._curriculum.wants_evaluation or (every and self._update % every == 0)):
             return None
-        evaluation, _ = self._evaluate(stage, stage.train_block, self._config.eval.problems_during)
-        self._reporter.evaluation(self._update, f"held-out, B={stage.train_block}", evaluation)
+        block, count = stage.train_block, self._config.eval.problems_during
+        evaluation = self._held_out.evaluate(self._update, f"held-out, B={block}", stage, block, count)
         return evaluation.accuracy
 
     def _record(
@@ -405,8 +272,8 @@ class Controller:
         for gauge, live in self._collector.live.items():
             self._metrics.set(gauge, live)
         self._metrics.set("learner_restarts", self._learner.restarts)
-        self._metrics.set("buffer_depth", self._ledger.depth)
-        self._metrics.count_groups(self._ledger.ended)
+        self._metrics.set("buffer_depth", self._window.ledger.depth)
+        self._metrics.count_groups(self._window.ledger.ended)
         self._metrics.count_verdicts(collection.verdicts)
         self._metrics.count_tokens(self._collector.tokens)
         self._reporter.update(self._update, self._update_total(), stage, record)
@@ -422,13 +289,13 @@ class Controller:
     def _checkpoint(self) -> None:
         """Write a run checkpoint: manifest last, older ones deleted afterwards. Batches in the window are not kept:
         a run that resumes counts them as cancelled, and takes their problems first."""
-        waiting = [position for pending in self._window for position in pending.positions.values()]
+        stream = self._window.stream
         state = {
             "update": self._update,
             "version": self._version,
-            "cursor": self._stream.cursor,
-            "returned": sorted([*self._stream.returned, *waiting]),
-            "ledger": self._ledger.state_dict(),
+            "cursor": stream.cursor,
+            "returned": sorted([*stream.returned, *self._window.positions]),
+            "ledger": self._window.ledger.state_dict(),
             "curriculum": self._curriculum.state_dict(),
             "before": [e.to_dict() for e in self._before],
             "verdicts": self._metrics.verdicts,
@@ -462,10 +329,10 @@ class Controller:
             self._best = self._folder / "best" / f"resumed-u{state['update']:05d}"
             link_tree(checkpoint.folder / "best", self._best)
         self._learner.load(checkpoint.folder / "learner")
-        self._ledger.load_state_dict(state["ledger"])
+        self._window.ledger.load_state_dict(state["ledger"])
         self._metrics.verdicts = state["verdicts"]
         self._update, self._version = state["update"], state["version"]
-        self._stream.cursor, self._stream.returned = state["cursor"], state["returned"]
+        self._window.stream.cursor, self._window.stream.returned = state["cursor"], state["returned"]
         self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
         self._reporter.rewind(self._update)
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
@@ -479,10 +346,7 @@ class Controller:
                 f"{error}\nthe learner was rebuilt {limit} times within an hour already (learner.max_restarts)"
             ) from error
         self._reporter.say(f"{error}; building the learner anew")
-        for pending in self._window:
-            assert pending.batch is not None
-            self._collector.cancel(pending.batch)
-        self._window.clear()
+        self._window.abandon()
         self._collector.cancel_urgent()
         version = self._version + 1
         try:
@@ -491,22 +355,6 @@ class Controller:
                 self._resume(self._folder)
         finally:
             self._version = version  # a number means one set of weights, in every process that serves them
-
-
-def update_spec(config: Config, stage: Stage) -> UpdateSpec:
-    """How a stage trains."""
-    comparable = not stage.is_bridge and stage.shrink == 1 and config.learner.loss.trace == "trace"
-    level = config.learner.loss.correction.level
-    if level == "auto":
-        level = "token" if comparable and config.rollout.max_staleness else "none"
-    return UpdateSpec(
-        block_size=stage.train_block,
-        shrink=stage.shrink,
-        lr=stage.lr or config.learner.lr,
-        length_norm=config.learner.loss.length_norm or config.rollout.max_new_tokens,
-        compare_recorded=comparable,
-        correction=level,
-    )
 
 
 def _tuples(decoding: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from tstar_ray.config import RollbackConfig, Stage
+from tstar_ray.config_curriculum import RollbackConfig, Stage
 
 Health = Literal["fine", "best", "collapsed"]
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run: console, TensorBoard, metrics.jsonl.
+"""What a user sees of a run: console, metrics.jsonl, and the trackers of `tstar_ray.tracking`.
 
 Every update prints one row. On a terminal a status line below the rows shows stage, phase and time left; in a
 job's log there are rows only.
@@ -7,7 +7,6 @@ job's log there are rows only.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from tstar_ray.config import Stage
 from tstar_ray.evaluate import Evaluation
+from tstar_ray.samples import Decode, sample_page
+from tstar_ray.tracking import Tracker
+from tstar_ray.trajectory import Group
 
 _COLUMNS = (
     ("update", 8),
@@ -39,13 +40,21 @@ _COLUMNS = (
 )
 
 
+_SAMPLES = 4
+"""Held-out problems whose answers are shown, always the same."""
+
+
 class Reporter:
     """Writes one run's progress."""
 
-    def __init__(self, folder: Path, *, total: int, console: Console | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, total: int, trackers: Sequence[Tracker] = (), console: Console | None = None
+    ) -> None:
+        """``total``: updates to be made. Closes the trackers at the end."""
         self.console = console or Console()
-        self._folder = folder
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder, self._trackers = folder, trackers
+        self.decode: Decode | None = None
+        """Token ids -> text, once the tokenizer is loaded; without it no samples are shown."""
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -60,7 +69,6 @@ class Reporter:
         self._task = self._progress.add_task("starting", total=total)
         self._rows = 0
         self._recent: list[Any] = []
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -68,7 +76,8 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._metrics.close()
 
     def rewind(self, update: int) -> None:
@@ -82,8 +91,8 @@ class Reporter:
         unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         unfinished.replace(path)
         self._metrics = path.open("a", encoding="utf-8")
-        self._writer.close()
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=update + 1)
+        for tracker in self._trackers:
+            tracker.rewind(update)
         for file in (self._folder / "traces").glob("update-*.parquet"):
             if int(file.stem.removeprefix("update-")) > update:
                 file.unlink()
@@ -97,9 +106,30 @@ class Reporter:
         where = f"{stage.name} B={stage.rollout_block}->{stage.train_block} " if stage else ""
         self._progress.update(self._task, description=f"{where}{name}")
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """A text sample for TensorBoard."""
-        self._writer.add_text(tag, text, step)
+    def settings(self, text: str) -> None:
+        """The resolved configuration, as YAML."""
+        for tracker in self._trackers:
+            tracker.text("settings", f"```yaml\n{text}```", 0)
+
+    def samples(self, update: int, groups: Sequence[Group]) -> None:
+        """Some held-out answers with the order in which their tokens were revealed, for the trackers."""
+        if self.decode and groups:
+            block = groups[0].samples[0].trajectory.block_size
+            page = sample_page(groups[:_SAMPLES], self.decode)
+            for tracker in self._trackers:
+                tracker.text(f"samples/b{block}", page, update)
+
+    def stage_ended(self, update: int, stage: Stage) -> None:
+        """Figures for the trackers: the curves so far, and when the stage revealed each position of a block. The run
+        goes on whatever becomes of them."""
+        try:
+            from tstar_ray.report.stage import stage_figures
+
+            for name, figure in stage_figures(self._folder, stage.name).items():
+                for tracker in self._trackers:
+                    tracker.figure(f"stage/{name}", figure, update)
+        except Exception as error:
+            self.say(f"no figures of stage {stage.name}: {type(error).__name__}: {error}")
 
     def update(self, update: int, total: int, stage: Stage, record: Mapping[str, Any]) -> None:
         """One update's numbers everywhere."""
@@ -142,7 +172,7 @@ class Reporter:
         )
 
     def numbers(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
-        """Numbers for metrics.jsonl and TensorBoard only."""
+        """Numbers for metrics.jsonl and the trackers only."""
         self._log(kind, update, values)
 
     def steps(self, step: int, total: int, report: Any, *, every: int) -> None:
@@ -166,9 +196,9 @@ class Reporter:
     def _log(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps({"kind": kind, "update": update, "time": time.time(), **values}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, update)
+        scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for tracker in self._trackers:
+            tracker.numbers(scalars, update)
 
     def table(self, before: Sequence[Evaluation], after: Sequence[Evaluation]) -> None:
         """Start model against trained model at each block size."""

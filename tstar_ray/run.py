@@ -61,6 +61,7 @@ def launch(config: Config) -> int:
     from learner.group import LearnerError
     from tstar_ray.checkpoint import CheckpointError
     from tstar_ray.reporter import Reporter
+    from tstar_ray.tracking import open_trackers
 
     if config.learner.replay:
         return replay_update(config, config.learner.replay)
@@ -70,8 +71,10 @@ def launch(config: Config) -> int:
         print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
         return 0
     total = sum(stage.gate.updates for stage in config.curriculum.resolve())
-    with Reporter(folder, total=total) as reporter:
+    trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
+    with Reporter(folder, total=total, trackers=trackers) as reporter:
         reporter.say(f"run folder {folder}")
+        reporter.settings(config.to_yaml())
         try:
             result = _run(config, folder, reporter)
         except (ConfigError, ClusterError, LearnerError, CheckpointError) as error:
@@ -105,7 +108,7 @@ def replay_update(config: Config, traces: Path) -> int:
     from learner.group import LearnerError
     from learner.report import report_dict
     from tstar_ray.checkpoint import newest_checkpoint
-    from tstar_ray.controller import update_spec
+    from tstar_ray.stage_settings import update_spec
     from tstar_ray.traces import read_traces
 
     if not traces.is_file():
@@ -195,6 +198,8 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
             check_servable(*plan_serving(config.model, config.served_actors))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    # Special tokens are part of what was decoded.
+    reporter.decode = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
     problems = load_problem_sets(config.data, tokenizer, held_out=config.eval.problems)
     reporter.say(
         f"model {config.model.path}; {len(problems.train)} problems to train on, {len(problems.held_out)} held out"

@@ -1,7 +1,7 @@
 """Weights in a vLLM worker: a flat buffer in, and the checksum of what is served out.
 
     flat buffer (order of the checkpoint) ──► the model's own loader ──► fused, sharded parameters
-    fused, sharded parameters ──► one checkpoint parameter at a time ──► CRC-32 of all of them
+    fused, sharded parameters ──► one checkpoint parameter at a time ──► checksum of all of them
 
 vLLM fuses q, k, v and gate, up, pads the vocabulary, and gives every rank a part. The checksum undoes all that, so that
 it equals that of the learner's flat buffer (tstar_ray.weights), read from what is served and not from what was sent.
@@ -9,13 +9,14 @@ it equals that of the learner's flat buffer (tstar_ray.weights), read from what 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
+from vllm.distributed import tensor_model_parallel_all_gather
+
+from tstar_ray.weights import checksum_parts
 
 Layout = list[tuple[str, tuple[int, ...]]]
 """Names and shapes of a checkpoint's parameters, in the order of the flat buffer."""
@@ -51,14 +52,9 @@ class WorkerExtension:
 
     @torch.no_grad()
     def tstar_checksum(self, layout: Layout) -> str:
-        """CRC-32 of what a flat buffer of the served weights would hold; ranks other than 0 help and say nothing."""
+        """`tstar_ray.weights.checksum_parts` of what a flat buffer of the served weights would hold."""
         parameters = dict(self.model_runner.get_model().named_parameters())
-        found = 0
-        for name, shape in layout:
-            tensor = _whole(parameters, name, shape)
-            if get_tensor_model_parallel_rank() == 0:
-                found = zlib.crc32(tensor.contiguous().cpu().view(torch.uint8).numpy().data, found)
-        return f"{found:08x}" if get_tensor_model_parallel_rank() == 0 else ""
+        return checksum_parts(_whole(parameters, name, shape) for name, shape in layout)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tstar_ray.config import Gate, RollbackConfig, Stage
+from tstar_ray.config_curriculum import Gate, RollbackConfig, Stage
 from tstar_ray.curriculum import Curriculum
 
 NO_ROLLBACK = RollbackConfig(limit=0)
