@@ -55,6 +55,7 @@ class LearnerRank:
         self._rank, self._model, self._learner = rank, model, learner
         self._threads, self._seed, self._weights = threads, seed, weights
         self._trainer: Any = None
+        self._flat: Any = None  # the buffer of publishes, filled anew by each
 
     def __repr__(self) -> str:
         return f"Learner({self._rank})"
@@ -109,8 +110,8 @@ class LearnerRank:
 
     def publish(self, version: int) -> Any:
         """Gather the weights; rank 0 stores them and describes what it stored."""
-        flat = self._trainer.flat_weights()
-        return self._weights.publish(flat, version) if self._rank == 0 else None
+        self._flat = self._trainer.flat_weights(self._flat)
+        return self._weights.publish(self._flat, version) if self._rank == 0 else None
 
 
 class LearnerGroup:

@@ -305,10 +305,10 @@ class Trainer:
         if self._reference is not None and self._config.loss.kl_reference == "stage":
             load_flat(self._reference, self.flat_weights().to(self._model.device))
 
-    def flat_weights(self) -> torch.Tensor:
-        """The whole policy as one CPU buffer (`tstar_ray.weights`); collective under ZeRO-3."""
+    def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3."""
         with self._policy.full_parameters():
-            return flatten(self._model)
+            return flatten(self._model, out)
 
     def save(self, folder: str | Path) -> None:
         """Write policy, value model, optimizers, step count and the stage's reference for `load`; collective."""

@@ -28,13 +28,22 @@ class Proof:
     """See `checksum`; 16 hexadecimal digits."""
 
 
-def flatten(module: nn.Module) -> torch.Tensor:
-    """All parameters end to end in one contiguous CPU tensor [P] of their common dtype."""
+@torch.no_grad()
+def flatten(module: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
+    """All parameters end to end in one contiguous CPU tensor [P] of their common dtype: ``out``, a buffer that was
+    returned before, if it is given, since fresh memory costs more than the copy. Makes no second copy on a GPU."""
     parameters = list(module.parameters())
     dtypes = {p.dtype for p in parameters}
     if len(dtypes) != 1:
         raise ValueError(f"parameters of several dtypes cannot share a flat buffer: {sorted(map(str, dtypes))}")
-    return torch.cat([p.detach().reshape(-1) for p in parameters]).cpu()
+    cuda = parameters[0].is_cuda
+    if out is None:
+        out = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=cuda)
+    for parameter, part in zip(parameters, out.split([p.numel() for p in parameters])):
+        part.view_as(parameter).copy_(parameter, non_blocking=cuda)
+    if cuda:
+        torch.cuda.synchronize(parameters[0].device)
+    return out
 
 
 @torch.no_grad()
