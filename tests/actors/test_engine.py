@@ -17,7 +17,7 @@ from actors.engine import CancelledError
 from actors.kv_cache import KVCache
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
-from tstar_ray.decoding import Decoding
+from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.trajectory import Request, tokens_per_forward
 from tstar_ray.weights import checksum, flatten
 
@@ -61,6 +61,55 @@ def test_invariant_1_block_sizes_strategies_and_temperatures_share_passes(model,
     assert longest <= engine.stats.forwards <= total
     if max_batch == 128:
         assert engine.stats.forwards == longest, "all in the same passes"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_invariant_1_whenever_requests_come_and_go(model, twin, seed):
+    """Arrivals, cancellations, slots and memory drawn at random, between the rounds: what is left is as if alone."""
+    chance = np.random.default_rng(seed)
+    per_position = KVCache(model.hf.config, dtype=torch.float32, device=torch.device("cpu")).bytes_per_position
+    engine = TorchEngine(
+        model,
+        max_batch=int(chance.integers(2, 9)),
+        cache_gb=int(chance.integers(150, 600)) * per_position / 2**30,
+        pass_tokens=int(chance.integers(20, 200)),
+    )
+    rules = [replace(DYNAMIC, block_size=b, temperature=t) for b, t in ((4, 1.0), (8, 0.0))]
+    prompts = [r.prompt_ids for r in make_requests(chance.integers(3, 40, size=8).tolist(), seed=seed)]
+    waiting = [Request(i, 0, prompts[chance.integers(8)], seed=100 + i) for i in range(24)]
+    asked, cancelled = {}, set()
+    while waiting or engine._under_way():
+        if waiting and (chance.random() < 0.3 or not engine._under_way()):
+            count = int(chance.integers(1, 7))
+            unit, waiting, rule = waiting[:count], waiting[count:], rules[chance.integers(2)]
+            asked |= {ticket: (r, rule) for ticket, r in zip(engine._submit(unit, rule), unit)}
+        if chance.random() < 0.05 and engine._under_way():
+            gone = chance.choice([r.group_id for r in engine._under_way().values()])
+            engine.cancel([gone])
+            cancelled.add(gone)
+        if engine._under_way():
+            engine._round()
+    for ticket, (request, rule) in asked.items():
+        if request.group_id not in cancelled:
+            assert_equal(engine._ended[ticket], request, twin, model, rule)
+    assert len(asked) > len(cancelled)
+
+
+def test_samples_of_a_group_may_be_decoded_in_different_ways(model, twin):
+    """Each as if its own settings were those of the whole call."""
+    prompt = make_requests([14])[0].prompt_ids
+    requests = [Request(0, i, prompt, seed=60 + i) for i in range(6)]
+    base = replace(NO_STOP, block_size=8, max_new_tokens=32)
+    mixed = replace(base, variants=(Variant(), Variant(threshold=0.04), Variant(sub_block=2)))
+    own = [base, replace(base, threshold=0.04), replace(base, order="sub_blocks", sub_block=2)] * 2
+    found = TorchEngine(model).generate(requests, mixed)
+    for request, trajectory, decoding in zip(requests, found, own):
+        assert_equal(trajectory, request, twin, model, decoding)
+    alike = TorchEngine(model).generate(requests, base)
+    same = [a.step_map.tolist() == b.step_map.tolist() for a, b in zip(found, alike)]
+    assert same[::3] == [True, True]
+    assert not all(same[1::3])
+    assert not all(same[2::3])
 
 
 def test_slots_are_never_idle_while_something_waits(model):
