@@ -79,6 +79,7 @@ ELSEWHERE = {
         "test_a_prometheus_that_scrapes_a_run",
     ),
     "pip install torch==2.13.0": ("test_packaging.py", "test_the_wheel_trains_from_any_folder"),
+    "pip install tstar_ray[wandb]": ("tstar_ray/test_tracking.py", "test_weights_and_biases_gets_the_same"),
     "pip install -e '.[hub]'": ("test_packaging.py", "test_the_wheel_trains_from_any_folder"),
     "pip install -e '.[vllm]'": ("actors/test_vllm_engine.py", "def test"),
 }

@@ -13,7 +13,6 @@ Joins the cluster in RAY_ADDRESS or cluster.address, and starts a private one ot
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -24,35 +23,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tstar_ray.command import run_command
 from tstar_ray.config_adapt import AdaptConfig
 from tstar_ray.config_base import ConfigError
-from tstar_ray.settings import load_settings, to_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped by a signal."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tstar_ray.adapt",
+    return run_command(
+        AdaptConfig,
+        launch,
+        argv,
+        module="tstar_ray.adapt",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every setting with its default and meaning: --print-config and docs/adaptation.md.",
+        settings="docs/adaptation.md",
+        interrupted="stopped at once; the newest checkpoint is in the run folder",
+        example="train.lr=1e-5",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_settings(AdaptConfig, arguments.config, arguments.settings, example="train.lr=1e-5")
-        if arguments.print_config:
-            print(to_yaml(config), end="")
-            return 0
-        return launch(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; the newest checkpoint is in the run folder", file=sys.stderr)
-        return 130
 
 
 def launch(config: AdaptConfig) -> int:

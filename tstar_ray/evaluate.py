@@ -12,7 +12,6 @@ driver publishes the checkpoint's weights, and every actor proves them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tstar_ray.command import run_command
 from tstar_ray.config import ConfigError, ModelConfig
 from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.scores import wilson_interval
-from tstar_ray.settings import load_settings, to_yaml
+from tstar_ray.settings import to_yaml
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 if TYPE_CHECKING:
@@ -89,27 +89,27 @@ def summarise(groups: Sequence[Group], decoding: Decoding, *, unscored: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped; finished cells are kept."""
+    return run_command(
+        EvaluateConfig,
+        launch,
+        argv,
+        module="tstar_ray.evaluate",
+        description=__doc__,
+        settings="docs/evaluation.md",
+        interrupted="stopped; the same command goes on with the cells that are left",
+        example="grid.blocks=[4,8]",
+    )
+
+
+def launch(config: EvaluateConfig) -> int:
+    """Score everything; a cluster that fails is a mistake in the surroundings."""
     from cluster.session import ClusterError
 
-    parser = argparse.ArgumentParser(
-        prog="python -m tstar_ray.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
-    arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_settings(EvaluateConfig, arguments.config, arguments.settings)
-        if arguments.print_config:
-            print(to_yaml(config), end="")
-            return 0
         evaluate(config)
-    except (ConfigError, ClusterError) as error:
+    except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the cells that are left", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -11,7 +11,6 @@ Joins the cluster in RAY_ADDRESS (as in a Ray job) or cluster.address, and start
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -24,34 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from tstar_ray.budget import read_budget
-from tstar_ray.config import Config, ConfigError, load_config
+from tstar_ray.command import run_command
+from tstar_ray.config import Config, ConfigError
 from tstar_ray.signals import StopSignals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped by a signal."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tstar_ray.run",
+    return run_command(
+        Config,
+        launch,
+        argv,
+        module="tstar_ray.run",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every setting with its default and meaning: docs/configuration.md, or --print-config.",
+        settings="docs/configuration.md",
+        interrupted="stopped at once; the newest checkpoint is in the run folder",
+        example="actors.count=4",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.settings)
-        if arguments.print_config:
-            print(config.to_yaml(), end="")
-            return 0
-        return launch(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; the newest checkpoint is in the run folder", file=sys.stderr)
-        return 130
 
 
 def launch(config: Config) -> int:
