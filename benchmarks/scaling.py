@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulated import Times, simulate
+from benchmarks.simulated import simulate
+from benchmarks.simulated_actors import Times
 from tstar_ray.config import Config, load_config
 
 

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from actors.rollout import remote_class as rollout_class
-from benchmarks.simulated import SimulatedRank, Times
+from benchmarks.simulated_actors import SimulatedRank, Times
 from cluster.placement import wait_ready
 from cluster.pool import ActorPool, Supervision
 from cluster.session import ClusterError, connect
