@@ -110,7 +110,7 @@ class TorchEngine(Rounds):
         with self.paused():
             work = []
             for request in requests:
-                own = decoding.of_sample(request.sample)
+                own = decoding.varied(request.variant)
                 if own not in self._rules:
                     self._rules.append(own)
                 if self._model.mask_id in request.prompt_ids:

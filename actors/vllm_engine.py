@@ -158,7 +158,7 @@ class VllmEngine(Rounds):
             for request, limit in zip(requests, limits):
                 ticket = next(self._tickets)
                 b = decoding.block_size
-                job = Job(decoding=decoding.of_sample(request.sample), seed=request.seed, limit=limit)
+                job = Job(decoding=decoding.varied(request.variant), seed=request.seed, limit=limit)
                 self._core.add_request(
                     EngineCoreRequest(
                         request_id=str(ticket),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def full(tmp_path_factory):
         "reward.count=2",
         "learner.ranks=2",
         "learner.steps_per_update=2",
+        "rollout.variants=[{}, {sub_block: 2}]",
         "run.report=true",
     )
     return folder, output
@@ -140,6 +142,24 @@ def test_the_value_model_learns_in_a_whole_run(tmp_path):
     assert all(np.isfinite(r["learner/value_loss"]) for r in records(folder))
     tied = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert not [name for name, _ in tied.named_parameters() if "head.weight" in name and "lm_head" not in name]
+
+
+def test_samples_of_a_group_are_decoded_as_their_variant_says(full):
+    """Every other sample in sub-blocks of 2: their halves, quarters, ... of a block are revealed one after the other."""
+    folder, _ = full
+    for record in records(folder):
+        assert record["rollout/accuracy"] == pytest.approx(
+            (record["variant/0/accuracy"] + record["variant/1/accuracy"]) / 2
+        )
+        assert record["variant/0/tpf"] >= record["variant/1/tpf"] >= 1
+    orders = {0: [], 1: []}
+    for path in sorted((folder / "traces").glob("*.parquet")):
+        for sample in (s for g in read_traces(path) for s in g.samples):
+            t = sample.trajectory
+            pairs = [t.step_map[i : i + 2] for i in range(t.prompt_len % 2, len(t.step_map) - 1, 2)]
+            orders[t.sample % 2] += [a.max() < b.min() for a, b in pairwise(pairs)]
+    assert all(orders[1])
+    assert not all(orders[0])
 
 
 def test_invariant_6_every_dispatched_group_ended(full):

@@ -31,7 +31,7 @@ from cluster.placement import first_line
 from cluster.pool import ActorPool
 from cluster.weights import Published
 from tstar_ray.data import PromptedProblem
-from tstar_ray.decoding import Decoding
+from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
 
 _CHUNK, _TICK_S = 32, 0.5
@@ -88,9 +88,9 @@ class _Open:
 class Batch:
     """Groups dispatched together, decoded the same way."""
 
-    def __init__(self, decoding: Decoding, group_size: int, rank: tuple[int, int]) -> None:
+    def __init__(self, decoding: Decoding, variants: Sequence[Variant], group_size: int, rank: tuple[int, int]) -> None:
         """``rank``: batches of lower rank are served first."""
-        self.decoding, self.group_size, self.rank = decoding, group_size, rank
+        self.decoding, self.variants, self.group_size, self.rank = decoding, variants, group_size, rank
         self.when_done: Callable[[Batch], None] = lambda batch: None
         """See `Collector.dispatch`."""
         self.order: list[int] = []
@@ -195,14 +195,15 @@ class Collector:
         decoding: Decoding,
         *,
         group_size: int,
+        variants: Sequence[Variant] = (),
         urgent: bool = False,
         into: Batch | None = None,
         when_done: Callable[[Batch], None] = lambda batch: None,
     ) -> Batch:
-        """Ask for one group for each id and problem, decoded by the weights served now or newer; ``urgent`` ones go
-        before all others, ``into`` adds to a batch. ``when_done`` is called when all groups are complete or failed;
-        it may dispatch more into the batch."""
-        batch = into or Batch(decoding, group_size, (0 if urgent else 1, next(self._numbers)))
+        """Ask for one group for each id and problem, decoded by the weights served now or newer; sample i of a group
+        takes variant i modulo their number. ``urgent`` ones go before all others, ``into`` adds to a batch.
+        ``when_done`` is called when all groups are complete or failed; it may dispatch more into the batch."""
+        batch = into or Batch(decoding, variants, group_size, (0 if urgent else 1, next(self._numbers)))
         batch.when_done = when_done
         if batch not in self._batches:
             self._batches = sorted([*self._batches, batch], key=lambda b: b.rank)
@@ -297,7 +298,13 @@ class Collector:
     def _request(self, batch: Batch, group_id: int) -> Request:
         group = batch._open[group_id]
         sample, group.issued = group.issued, group.issued + 1
-        return Request(group_id, sample, group.problem.prompt_ids, sample_seed(self._seed, group_id, sample))
+        return Request(
+            group_id,
+            sample,
+            group.problem.prompt_ids,
+            sample_seed(self._seed, group_id, sample),
+            variant=batch.variants[sample % len(batch.variants)] if batch.variants else None,
+        )
 
     def _send(self) -> None:
         """Give actors what they have room for."""

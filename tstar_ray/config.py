@@ -107,12 +107,12 @@ class DataConfig(Section):
 
 
 class VariantConfig(Section):
-    """How some samples of a group are decoded otherwise."""
+    """How some samples of a group are decoded otherwise than the stage says."""
 
     threshold: float | None = Field(None, ge=0, le=1)
     """`dynamic`: another threshold."""
     sub_block: int | None = Field(None, ge=1)
-    """In sub-blocks of this size, from left to right, where the block is larger."""
+    """Sub-blocks of this size, one after the other, where the block is larger; the model still sees the whole block."""
 
 
 class RolloutConfig(Section):
@@ -136,7 +136,8 @@ class RolloutConfig(Section):
     entropy_bound: float = Field(0.35, gt=0)
     """`entropy` unmasking: bound in nats."""
     variants: tuple[VariantConfig, ...] = ()
-    """Ways to decode inside one group: sample i uses entry i modulo their number. Empty: all alike."""
+    """Ways to decode within one group, e.g. [{}, {sub_block: 4}]: sample i takes entry i modulo their number. Bold and
+    careful answers to one problem give contrast where all bold ones fail. Empty: all as the stage says."""
     max_attempts: int = Field(3, ge=1)
     """Times a sample whose engine or verifier failed is tried before its group counts as failed."""
 
@@ -308,6 +309,7 @@ class Config(Section):
                 f"actors.gpus={self.actors.gpus:g} and learner.gpus={self.learner.gpus:g}: with auto the actors "
                 "and the learner would differ in dtype; set model.dtype=float32"
             )
+        self._check_variants()
         level = self.learner.loss.correction.level
         for stage in self.curriculum.resolve():
             if level not in ("auto", "none") and (stage.is_bridge or stage.shrink > 1):
@@ -322,6 +324,24 @@ class Config(Section):
                 f"{self.rollout.problems * self.rollout.group_size} samples of an update"
             )
         return self
+
+    def _check_variants(self) -> None:
+        variants, group_size = self.rollout.variants, self.rollout.group_size
+        if len(variants) > group_size:
+            raise ValueError(f"rollout.variants has {len(variants)} entries for groups of {group_size} samples")
+        for stage in self.curriculum.resolve():
+            for variant in variants:
+                small = variant.sub_block
+                if small and small < stage.rollout_block and stage.rollout_block % small:
+                    raise ValueError(
+                        f"rollout.variants: sub_block={small} does not divide the rollout block "
+                        f"{stage.rollout_block} of stage {stage.name}"
+                    )
+                if variant.threshold is not None and stage.strategy != "dynamic":
+                    raise ValueError(
+                        f"rollout.variants: threshold={variant.threshold:g} means something to dynamic unmasking "
+                        f"only, and stage {stage.name} uses {stage.strategy}"
+                    )
 
     def to_yaml(self) -> str:
         """The resolved configuration, readable by `load_config`."""

@@ -256,6 +256,7 @@ class Controller:
             trainable,
             report,
             asked=self._config.rollout.problems,
+            variants=len(self._config.rollout.variants),
             version=version,
             wall_s=time.monotonic() - start,
             busy_s=self._collector.take_busy_seconds(),

@@ -12,7 +12,7 @@ Order = Literal["learned", "left_to_right", "random", "sub_blocks"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What one sample of a group does otherwise than the settings of its batch; None: nothing."""
+    """What one sample does otherwise than the settings of its batch; None: nothing."""
 
     threshold: float | None = None
     """Dynamic: another threshold."""
@@ -55,8 +55,6 @@ class Decoding:
     unfinished sub-block, as a decoder with smaller blocks does. All but ``learned`` are for ablations."""
     sub_block: int = 4
     """Size of those sub-blocks."""
-    variants: tuple[Variant, ...] = ()
-    """Sample i of a group is decoded as variant i modulo their number says; empty: all alike."""
 
     def __post_init__(self) -> None:
         names = {"strategy": Strategy, "confidence": ConfidenceSource, "order": Order}
@@ -75,14 +73,12 @@ class Decoding:
         if self.order == "sub_blocks" and (self.sub_block < 1 or self.block_size % self.sub_block):
             raise ValueError(f"sub_block={self.sub_block}; must divide block_size={self.block_size}")
 
-    def of_sample(self, sample: int) -> Decoding:
-        """The settings that one sample of a group is decoded with."""
-        if not self.variants:
-            return self
-        variant, own = self.variants[sample % len(self.variants)], replace(self, variants=())
-        if variant.threshold is not None:
+    def varied(self, variant: Variant | None) -> Decoding:
+        """The settings of a sample with a variant of its own."""
+        own = self
+        if variant and variant.threshold is not None:
             own = replace(own, threshold=variant.threshold)
-        if variant.sub_block is not None and variant.sub_block < self.block_size:
+        if variant and variant.sub_block is not None and variant.sub_block < self.block_size:
             own = replace(own, order="sub_blocks", sub_block=variant.sub_block)
         return own
 

@@ -42,14 +42,16 @@ def update_record(
     report: UpdateReport | None,
     *,
     asked: int,
+    variants: int = 0,
     version: int,
     wall_s: float,
     busy_s: float,
     actors: int,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One update. ``asked``: groups before any refill; ``version``: of the weights that were trained; ``busy_s``:
-    seconds of rollout actors at work, summed; ``seconds``: of the controller by phase."""
+    """One update. ``asked``: groups before any refill; ``variants``: ways to decode within a group; ``version``: of the
+    weights that were trained; ``busy_s``: seconds of rollout actors at work, summed; ``seconds``: of the controller by
+    phase."""
     samples = [s for g in collection.groups for s in g.samples]
     trajectories = [s.trajectory for s in samples]
     age = staleness(collection.groups, version)
@@ -81,6 +83,12 @@ def update_record(
         "seconds/rollout": collection.rollout_s,
         "seconds/reward": collection.reward_s,
     }
+    for index in range(variants):
+        own = [s for s in samples if s.trajectory.sample % variants == index]
+        record |= {
+            f"variant/{index}/accuracy": float(np.mean([s.verdict == "correct" for s in own])),
+            f"variant/{index}/tpf": tokens_per_forward([s.trajectory for s in own], commits=False),
+        }
     if report:
         record |= {f"learner/{k}": v for k, v in report_dict(report).items() if not math.isnan(v)}
     return record

@@ -28,7 +28,7 @@ def stage_decoding(
 
 
 def rollout_variants(config: Config) -> tuple[Variant, ...]:
-    """`rollout.variants` for `Decoding.variants`."""
+    """`rollout.variants` as the engines take them."""
     return tuple(Variant(v.threshold, v.sub_block) for v in config.rollout.variants)
 
 

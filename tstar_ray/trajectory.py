@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tstar_ray.blocks import check_step_map
+from tstar_ray.decoding import Variant
 from tstar_ray.problems import Problem
 
 
@@ -35,6 +36,8 @@ class Request:
     """Seed of this sample's own random stream; two samples of one prompt have different ones."""
     max_new_tokens: int | None = None
     """A cap of its own below that of the decoding settings."""
+    variant: Variant | None = None
+    """What it does otherwise than the decoding settings."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from learner.credit import is_trainable
 from tstar_ray.collector import Batch, Collection, Collector
@@ -91,8 +91,9 @@ class Window:
         )
         pending.batch = self._collector.dispatch(
             problems,
-            replace(decoding, variants=self._variants),
+            decoding,
             group_size=rollout.group_size,
+            variants=self._variants,
             into=pending.batch,
             when_done=lambda batch: self._refill(stage, pending),
         )

@@ -98,14 +98,14 @@ def test_invariant_1_whenever_requests_come_and_go(model, twin, seed):
 def test_samples_of_a_group_may_be_decoded_in_different_ways(model, twin):
     """Each as if its own settings were those of the whole call."""
     prompt = make_requests([14])[0].prompt_ids
-    requests = [Request(0, i, prompt, seed=60 + i) for i in range(6)]
+    variants = [None, Variant(threshold=0.04), Variant(sub_block=2)]
+    requests = [Request(0, i, prompt, seed=60 + i, variant=variants[i % 3]) for i in range(6)]
     base = replace(NO_STOP, block_size=8, max_new_tokens=32)
-    mixed = replace(base, variants=(Variant(), Variant(threshold=0.04), Variant(sub_block=2)))
     own = [base, replace(base, threshold=0.04), replace(base, order="sub_blocks", sub_block=2)] * 2
-    found = TorchEngine(model).generate(requests, mixed)
+    found = TorchEngine(model).generate(requests, base)
     for request, trajectory, decoding in zip(requests, found, own):
         assert_equal(trajectory, request, twin, model, decoding)
-    alike = TorchEngine(model).generate(requests, base)
+    alike = TorchEngine(model).generate([replace(r, variant=None) for r in requests], base)
     same = [a.step_map.tolist() == b.step_map.tolist() for a, b in zip(found, alike)]
     assert same[::3] == [True, True]
     assert not all(same[1::3])

@@ -130,6 +130,18 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
             ["learner.loss.correction.level=step", "curriculum.bridge_updates=3"],
             "in stage b4-8 (rollout block 4, train block 8, shrink 1) recorded log-probs are of other conditionals",
         ),
+        (
+            ["rollout.variants=[{}, {sub_block: 3}]"],
+            "rollout.variants: sub_block=3 does not divide the rollout block 4 of stage b4",
+        ),
+        (
+            ["rollout.variants=[{threshold: 0.8}]", "curriculum.strategy=static"],
+            "threshold=0.8 means something to dynamic unmasking only, and stage b4 uses static",
+        ),
+        (
+            ["rollout.variants=[{}, {}, {}]", "rollout.group_size=2"],
+            "rollout.variants has 3 entries for groups of 2 samples",
+        ),
         (["learner.loss.correction.level=token", "curriculum.shrink=2"], "shrink 2) recorded log-probs"),
         (["learner.loss.correction.level=token", "learner.loss.trace=coupled"], "needs loss.trace=trace"),
         (["learner.value.kind=shared", "learner.loss.trace=random"], "value.kind=shared needs loss.trace=trace"),
