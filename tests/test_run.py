@@ -145,7 +145,7 @@ def test_the_value_model_learns_in_a_whole_run(tmp_path):
 
 
 def test_samples_of_a_group_are_decoded_as_their_variant_says(full):
-    """Every other sample in sub-blocks of 2: their halves, quarters, ... of a block are revealed one after the other."""
+    """Every other sample in sub-blocks of 2, which are revealed one after the other."""
     folder, _ = full
     for record in records(folder):
         assert record["rollout/accuracy"] == pytest.approx(
