@@ -4,7 +4,8 @@
     neither                              ──► private cluster (loopback, own token, own folder; ended at close)
 
 A private cluster lives in a temporary folder of its own, listens on loopback, and uses token authentication
-with a token made for this process, so that neither ``~/.ray`` nor another cluster on the machine matters.
+with a token made for this process, so that neither ``~/.ray`` nor another cluster on the machine matters. Ray replaces
+127.0.0.1 by an address that others can reach, unless its switch for clusters of several nodes is off.
 Workers get this process's import path, so that the packages need not be installed, and normal priority.
 """
 
@@ -45,6 +46,8 @@ class Session:
     """What the cluster has in all, e.g. CPU and GPU."""
     temp_dir: Path | None
     """Folder of the private cluster."""
+    token: str | None = None
+    """What the private cluster's dashboard asks for."""
     _environment: dict[str, str | None] = field(default_factory=dict)
 
     def __enter__(self) -> Session:
@@ -58,6 +61,8 @@ class Session:
         import ray
 
         ray.shutdown()
+        if self.private:
+            _allow_several_nodes(True)
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -134,6 +139,7 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
         "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by processes of Ray; the constant below by this one
     }
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
@@ -141,6 +147,7 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # Ray caches these variables when it is first imported
+    _allow_several_nodes(False)
     # A socket path may have 107 characters, and Ray appends about 65 to this folder.
     temp_dir = Path(tempfile.mkdtemp(prefix="tstar-", dir="/tmp"))
     try:
@@ -154,10 +161,17 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
             **_common(namespace),
         )
     except Exception as error:
+        _allow_several_nodes(True)
         shutil.rmtree(temp_dir, ignore_errors=True)
         raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
     url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
-    return Session(True, url, ray.cluster_resources(), temp_dir, before)
+    return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, before)
+
+
+def _allow_several_nodes(allowed: bool) -> None:
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = allowed
 
 
 def _check_free(port: int) -> None:

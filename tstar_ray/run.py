@@ -198,10 +198,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         placement = plan(config, session.resources)
         for note in placement.notes:
             reporter.say(note)
-        reporter.say(
-            f"{'private Ray cluster' if session.private else 'Ray cluster'}"
-            + (f", dashboard {session.dashboard_url}" if session.dashboard_url else "")
-        )
+        reporter.say(f"{'private Ray cluster' if session.private else 'Ray cluster'}{_dashboard(session, folder)}")
         learner, collector = _start_actors(config, folder, placement, stack, reporter)
         controller = Controller(
             config,
@@ -219,6 +216,19 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         spent = {"budget": read_budget(folder / "metrics.jsonl")}
         (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
     return result
+
+
+def _dashboard(session: Any, folder: Path) -> str:
+    """Where the dashboard is, and the file with the token that a private cluster's asks for."""
+    if not session.dashboard_url:
+        return ""
+    if not session.token:
+        return f", dashboard {session.dashboard_url}"
+    file = folder / "dashboard-token"
+    file.unlink(missing_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(session.token)
+    return f", dashboard {session.dashboard_url}; the token it asks for is in {file}"
 
 
 def _start_actors(config: Config, folder: Path, placement: Any, stack: ExitStack, reporter: Any) -> tuple[Any, Any]:

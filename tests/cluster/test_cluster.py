@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -305,12 +306,17 @@ print(ray.get(c.add.remote()), flush=True)
 
 OURS = """
 import os
+import psutil
+from ipaddress import ip_address
 from cluster.session import connect
 from tstar_ray.config import ClusterConfig
 before = dict(os.environ)
 with connect(ClusterConfig(), namespace="ours") as session:
     assert session.private and session.temp_dir.is_dir()
     folder = session.temp_dir
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    heard = {c.laddr.ip for p in ours for c in p.net_connections("tcp") if c.status == "LISTEN"}
+    assert heard and all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in heard), heard
 assert not folder.exists(), folder
 changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
 assert not {k for k in changed if k.startswith("RAY_AUTH")}, changed
@@ -347,3 +353,41 @@ def test_invariant_12_another_cluster_on_the_machine_is_left_alone(tmp_path):
         foreign.kill()
         foreign.wait()
         subprocess.run(["rm", "-rf", temp], check=False)
+
+
+DASHBOARD = """
+import sys, urllib.error, urllib.request
+from pathlib import Path
+from cluster.session import connect
+from tstar_ray.config import ClusterConfig
+from tstar_ray.run import _dashboard
+with connect(ClusterConfig(dashboard=True, dashboard_port=int(sys.argv[1])), namespace="seen") as session:
+    print(_dashboard(session, Path(sys.argv[2])))
+    request = urllib.request.Request(f"{session.dashboard_url}/api/jobs/")
+    try:
+        urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        print("without", error.code)
+    request.add_header("Authorization", "Bearer " + (Path(sys.argv[2]) / "dashboard-token").read_text())
+    print("with", urllib.request.urlopen(request, timeout=20).status)
+"""
+
+
+def test_the_dashboard_of_a_private_cluster_asks_for_the_token_in_the_run_folder(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    job = subprocess.run(
+        [sys.executable, "-c", DASHBOARD, str(port), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    told, *answers = job.stdout.splitlines()
+    file = tmp_path / "dashboard-token"
+    assert told == f", dashboard http://127.0.0.1:{port}; the token it asks for is in {file}"
+    assert answers == ["without 401", "with 200"], job.stderr
+    assert file.stat().st_mode & 0o077 == 0
