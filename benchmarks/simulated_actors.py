@@ -30,9 +30,9 @@ from tstar_ray.weights import Proof, checksum
 class Times:
     """What the simulated parts take."""
 
-    token_s: float = 0.002
+    token_s: float = 0.01
     """One token of one sequence on an actor."""
-    median_tokens: float = 180.0
+    median_tokens: float = 300.0
     """Of completions."""
     sigma: float = 0.6
     """Spread of the logarithm of completion lengths."""
