@@ -25,7 +25,7 @@ from actors.vllm_engine import VllmEngine
 from actors.vllm_serving import Serving, check_servable, installed_vllm
 from learner.packing import pack, slice_sample, token_weights
 from tstar_ray.blocks import train_visibility
-from tstar_ray.decoding import Decoding
+from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.model import TrainLayout, load_checkpoint, read_blueprint
 from tstar_ray.trajectory import Request
 from tstar_ray.weights import checksum, flatten
@@ -122,6 +122,16 @@ def test_engine_against_engine_for_every_prompt_length_modulo_the_block(engine, 
     for temperature in (0.0, 1.0):
         decoding = replace(DYNAMIC, block_size=block, max_new_tokens=2 * block + 5, temperature=temperature)
         assert_same(engine.generate(requests, decoding), TorchEngine(model).generate(requests, decoding))
+
+
+def test_samples_of_a_group_may_be_decoded_in_different_ways(engine, model):
+    variants = [None, Variant(threshold=0.04), Variant(sub_block=2)]
+    prompt = make_requests([14])[0].prompt_ids
+    requests = [Request(0, i, prompt, seed=60 + i, variant=variants[i % 3]) for i in range(6)]
+    decoding = replace(DYNAMIC, block_size=8, max_new_tokens=32, stop_ids=())
+    found = engine.generate(requests, decoding)
+    assert_same(found, TorchEngine(model).generate(requests, decoding))
+    assert len({tuple(t.step_map.tolist()) for t in found}) > 2
 
 
 @torch.no_grad()
