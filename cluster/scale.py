@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{role}: {status[role]['wanted']} wanted, {len(status[role]['live'])} work, {status[role]['lost']} lost")
     for role in (*_ROLES, "learner"):
         for name, place in status[role]["actors"].items():
-            print(f"  {name} on {place['node']}, process {place['pid']}")
+            print(f"  {name} on {place['node']}, process {place['pid']}, log {place['log'] or 'on its terminal'}")
     if not there:
         print("not all of them work yet; what was asked for stays asked for", file=sys.stderr)
     return 0 if there else 1

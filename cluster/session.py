@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.logs import keep_logs
 from tstar_ray.config import ClusterConfig
 
 _REACH_S = 5.0
@@ -48,6 +49,8 @@ class Session:
     """Folder of the private cluster."""
     token: str | None = None
     """What the private cluster's dashboard asks for."""
+    logs: Path | None = None
+    """Folder that takes what the private cluster's processes printed; None: it goes with the cluster."""
     _environment: dict[str, str | None] = field(default_factory=dict)
 
     def __enter__(self) -> Session:
@@ -69,6 +72,8 @@ class Session:
             else:
                 os.environ[name] = value
         if self.temp_dir:
+            if self.logs:
+                keep_logs(self.temp_dir / "session_latest", self.logs)
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
@@ -165,7 +170,7 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
         shutil.rmtree(temp_dir, ignore_errors=True)
         raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
     url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
-    return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, before)
+    return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, _environment=before)
 
 
 def _allow_several_nodes(allowed: bool) -> None:

@@ -248,6 +248,20 @@ def test_a_run_ends_with_a_report_of_itself(full):
     assert (folder / "figures" / "pareto.png").is_file()
 
 
+def test_what_actors_printed_is_in_the_run_folder(full):
+    """DeepSpeed and PyTorch warn in every learner rank, for example; lost actors leave files of their own."""
+    folder, _ = full
+    status = json.loads((folder / "status.json").read_text())
+    (attempt,) = (folder / "logs").iterdir()
+    kept = {file.name for file in attempt.iterdir()}
+    for name, place in status["learner"]["actors"].items():
+        assert place["log"].endswith(f"-{place['pid']}.err")
+        assert not Path(place["log"]).exists(), "its cluster is gone"
+        assert f"{name}.{place['pid']}.err" in kept
+    assert "raylet.out" in kept
+    assert not any(b":actor_name:" in file.read_bytes() for file in attempt.iterdir())
+
+
 def test_a_folder_that_holds_a_run_is_refused(full):
     _, output = run(full[0].parent, *SMALL, timeout=60, expect=2)
     assert "already holds a run; choose another run.name, or continue it with run.resume=" in output

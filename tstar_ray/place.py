@@ -17,8 +17,14 @@ class Place:
     """Host name."""
     pid: int
     """Process id there."""
+    log: str = ""
+    """File there that holds what it prints to standard error; empty where that is no file."""
 
 
 def here(name: str) -> Place:
     """The calling process."""
-    return Place(name, platform.node(), os.getpid())
+    try:
+        log = os.readlink("/proc/self/fd/2")
+    except OSError:  # not on Linux
+        log = ""
+    return Place(name, platform.node(), os.getpid(), log if os.path.isfile(log) else "")

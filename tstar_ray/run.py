@@ -195,6 +195,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
     )
     with ExitStack() as stack:
         session = stack.enter_context(connect(config.cluster, namespace=f"tstar-{folder.name}-{os.getpid()}"))
+        session.logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
         placement = plan(config, session.resources)
         for note in placement.notes:
             reporter.say(note)
