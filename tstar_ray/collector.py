@@ -52,8 +52,8 @@ class Limits:
     """Tries of one sample."""
     in_flight: int = 1
     """An actor with so many samples in flight gets no further unit; 1: one unit at a time."""
-    units: int = 1
-    """Units that a batch is cut into for each wanted actor."""
+    unit: int = 0
+    """Most samples of a unit, at least one group; 0: a batch is one unit for each wanted actor."""
 
 
 @dataclass(slots=True)
@@ -212,7 +212,10 @@ class Collector:
             batch.order.append(group_id)
             batch._open[group_id] = _Open(problem, group_size, attempts)
         ids = list(problems)
-        size = max(1, -(-len(ids) // (self.rollouts.count * self._limits.units)))
+        size = -(-len(ids) // self.rollouts.count)
+        if self._limits.unit:
+            size = min(size, self._limits.unit // group_size)
+        size = max(1, size)
         for first in range(0, len(ids), size):
             unit = [self._request(batch, i) for i in ids[first : first + size] for _ in range(group_size)]
             batch._units.append(unit)

@@ -98,6 +98,7 @@ class Controller:
         self._before: list[Evaluation] = []
         self._best: Path | None = None
         self._losses: list[float] = []
+        self._cpu_s = time.process_time()
         self.stop_requested = False
         """Set by a signal handler: stop at the next update boundary."""
 
@@ -261,8 +262,9 @@ class Controller:
             wall_s=time.monotonic() - start,
             busy_s=self._collector.take_busy_seconds(),
             actors=self._collector.rollouts.count,
-            seconds=self._metrics.take_seconds(),
+            seconds=self._metrics.take_seconds() | {"driver_cpu": time.process_time() - self._cpu_s},
         )
+        self._cpu_s = time.process_time()
         record |= {
             "stage/index": self._curriculum.state.stage,
             "stage/rollout_block": stage.rollout_block,

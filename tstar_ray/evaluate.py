@@ -163,7 +163,7 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
             makers = actor_makers(run, placement)
             collector = start_rollouts(run, folder, None, *makers, stack, view, on_tick=view.tick)
             collector.serve(published)
-            results = measure(partial(_collect, collector, max_batch=run.actors.max_batch, view=view))
+            results = measure(partial(_collect, collector, view=view))
     write_results(folder, config, results)
     view.table(results)
     return results
@@ -188,23 +188,10 @@ def _nothing_left(*_: Any) -> Collection:
 
 
 def _collect(
-    collector: Collector,
-    asked: Mapping[int, PromptedProblem],
-    decoding: Decoding,
-    samples: int,
-    *,
-    max_batch: int,
-    view: Any,
+    collector: Collector, asked: Mapping[int, PromptedProblem], decoding: Decoding, samples: int, *, view: Any
 ) -> Collection:
-    """One cell on the actors, in units of a share of an engine's slots each."""
-    ids = list(asked)
-    # `Collector.dispatch` cuts what it is given into 4 units an actor.
-    size = 4 * collector.rollouts.count * max(1, max_batch // (4 * samples))
-    batch = None
-    for first in range(0, len(ids), size):
-        part = {i: asked[i] for i in ids[first : first + size]}
-        batch = collector.dispatch(part, decoding, group_size=samples, into=batch)
-    assert batch is not None
+    """One cell on the actors."""
+    batch = collector.dispatch(asked, decoding, group_size=samples)
     view.watch(batch)
     return collector.finish(batch)
 

@@ -51,7 +51,7 @@ def update_record(
 ) -> dict[str, Any]:
     """One update. ``asked``: groups before any refill; ``variants``: ways to decode within a group; ``version``: of the
     weights that were trained; ``busy_s``: seconds of rollout actors at work, summed; ``seconds``: of the controller by
-    phase."""
+    phase, and of its process on a core (``driver_cpu``)."""
     samples = [s for g in collection.groups for s in g.samples]
     trajectories = [s.trajectory for s in samples]
     age = staleness(collection.groups, version)

@@ -321,9 +321,10 @@ def start_rollouts(
         reward_s=config.reward.deadline_s,
         start_s=start_s,
         max_attempts=config.rollout.max_attempts,
-        # In turns: a unit for each actor. Ahead: smaller ones, so that the engine's slots stay filled.
-        in_flight=actors.max_batch if ahead else 1,
-        units=4 if ahead else 1,
+        # In turns: a unit for each actor. Ahead: small ones, and as many as keep an engine's slots filled while units
+        # wait for the longest of their samples; what finds no slot waits in the engine.
+        in_flight=2 * actors.max_batch if ahead else 1,
+        unit=max(1, actors.max_batch // 4) if ahead else 0,
     )
     desk = Desk(
         folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say
