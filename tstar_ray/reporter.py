@@ -122,6 +122,8 @@ class Reporter:
     def stage_ended(self, update: int, stage: Stage) -> None:
         """Figures for the trackers: the curves so far, and when the stage revealed each position of a block. The run
         goes on whatever becomes of them."""
+        if not self._trackers:
+            return
         try:
             from tstar_ray.report.stage import stage_figures
 

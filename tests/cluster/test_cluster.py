@@ -215,6 +215,19 @@ def test_rollouts_go_on_while_something_else_is_waited_for_and_take_new_weights_
     collector.serve(ObjectStoreTransport().publish(start_weights, 2))
 
 
+def test_work_ahead_is_sent_in_small_units_up_to_a_number_in_flight(parts, start_weights):
+    collector, rollouts, rewards, events = parts
+    limits = Limits(rollout_s=120, reward_s=5, start_s=60, max_attempts=2, unit=7, in_flight=10)
+    ahead = Collector(rollouts, rewards, limits, seed=1, score_truncated=False, on_event=events.append)
+    ahead.serve(ObjectStoreTransport().publish(start_weights, 3))
+    batch = ahead.dispatch(ask(9, first=700), DECODING, group_size=3)
+    sent = sorted((job.actor, len(job.payload)) for job in ahead._rolling.values())
+    assert sent == sorted((name, 6) for name in rollouts.handles for _ in range(2)), "2 groups a unit, 10 reached by 2"
+    assert [len(unit) for unit in batch._units] == [6] * (4 - len(sent)) + [3]
+    assert [g.group_id for g in ahead.finish(batch).groups] == list(range(700, 709))
+    collector.serve(ObjectStoreTransport().publish(start_weights, 4))
+
+
 def test_a_cancelled_batch_frees_its_actors_at_once(parts):
     collector, rollouts, _, _ = parts
     endless = replace(DECODING, max_new_tokens=4096, stop_ids=())
