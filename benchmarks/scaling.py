@@ -2,9 +2,10 @@
 
     python -m benchmarks.scaling [--actors 1 2 4 8 16 32 64] [--staleness 0 1 2 4] [--updates 4] [--out FILE]
 
-``actors``: tokens a second of N rollout actors against N times those of one, asynchronous, with an update that takes
-no time, and work that grows with N. ``staleness``: four actors and a learner whose update takes as long as the
-synchronous rollouts of a batch: idle shares of both, and tokens a second against staleness 0.
+``actors``: tokens a second of N rollout actors, asynchronous, with an update that takes no time, and work that grows
+with N: ``of_ideal`` against all slots always decoding, ``efficiency`` against N times those of the first row, whose few
+samples make it the least certain. ``staleness``: four actors and a learner whose update takes as long as the synchronous
+rollouts of a batch: idle shares of both, and tokens a second against staleness 0.
 
 Every simulated actor is a process that imports torch, about 200 MB of its own: 64 of them need 13 GB. All of them share
 the machine with the driver: what they cost themselves counts against the efficiency.
@@ -89,6 +90,7 @@ def _run(actors: int, staleness: int, times: Times, arguments: argparse.Namespac
         "max_staleness": staleness,
         "groups_per_update": groups,
         "tokens_per_s": tokens / seconds,
+        "of_ideal": tokens / seconds * times.token_s / (actors * times.slots),
         "rollout_idle": float(np.mean([r["idle/rollout"] for r in steady])),
         "learner_idle": float(np.mean([r["idle/learner"] for r in steady])),
         "staleness_max": max(r["rollout/staleness_max"] for r in records),
