@@ -4,7 +4,7 @@
 
 ``actors``: tokens a second of N rollout actors, asynchronous, with an update that takes no time, and work that grows
 with N: ``of_ideal`` against all slots always decoding, ``efficiency`` against N times those of the first row, whose few
-samples make it the least certain. ``staleness``: four actors and a learner whose update takes as long as the synchronous
+samples make it the least certain. ``staleness``: four actors and a learner whose update takes as long as synchronous
 rollouts of a batch: idle shares of both, and tokens a second against staleness 0.
 
 Every simulated actor is a process that imports torch, about 200 MB of its own: 64 of them need 13 GB. All of them share
