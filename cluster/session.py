@@ -18,6 +18,8 @@ import secrets
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ class Session:
     """What the private cluster's dashboard asks for."""
     logs: Path | None = None
     """Folder that takes what the private cluster's processes printed; None: it goes with the cluster."""
-    _environment: dict[str, str | None] = field(default_factory=dict)
+    _undo: ExitStack = field(default_factory=ExitStack)
+    """Takes back what a private cluster changed in this process and on disk."""
 
     def __enter__(self) -> Session:
         return self
@@ -63,18 +66,10 @@ class Session:
         """Disconnect; a private cluster ends and its folder goes."""
         import ray
 
-        ray.shutdown()
-        if self.private:
-            _allow_several_nodes(True)
-        for name, value in self._environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        if self.temp_dir:
-            if self.logs:
+        with self._undo:
+            ray.shutdown()
+            if self.temp_dir and self.logs:
                 keep_logs(self.temp_dir / "session_latest", self.logs)
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
 def connect(cluster: ClusterConfig, *, namespace: str) -> Session:
@@ -146,37 +141,42 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by processes of Ray; the constant below by this one
     }
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    import ray
-    from ray._raylet import Config  # type: ignore[attr-defined]
+    with ExitStack() as undo:
+        undo.callback(_set_environment, {name: os.environ.get(name) for name in changed})
+        _set_environment(changed)
+        import ray
+        from ray._private import ray_constants
+        from ray._raylet import Config  # type: ignore[attr-defined]
 
-    Config.initialize("")  # Ray caches these variables when it is first imported
-    _allow_several_nodes(False)
-    # A socket path may have 107 characters, and Ray appends about 65 to this folder.
-    temp_dir = Path(tempfile.mkdtemp(prefix="tstar-", dir="/tmp"))
-    try:
-        context = ray.init(
-            address="local",
-            include_dashboard=cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(temp_dir),
-            **_common(namespace),
-        )
-    except Exception as error:
-        _allow_several_nodes(True)
-        shutil.rmtree(temp_dir, ignore_errors=True)
-        raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
-    url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
-    return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, _environment=before)
+        Config.initialize("")  # Ray caches these variables when it is first imported
+        undo.callback(setattr, ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        # A socket path may have 107 characters, and Ray appends about 65 to this folder.
+        temp_dir = Path(tempfile.mkdtemp(prefix="tstar-", dir="/tmp"))
+        undo.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+        try:
+            context = ray.init(
+                address="local",
+                include_dashboard=cluster.dashboard,
+                dashboard_host="127.0.0.1",
+                dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(temp_dir),
+                **_common(namespace),
+            )
+        except Exception as error:
+            raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
+        url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
+        return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, _undo=undo.pop_all())
 
 
-def _allow_several_nodes(allowed: bool) -> None:
-    from ray._private import ray_constants
-
-    ray_constants.ENABLE_RAY_CLUSTER = allowed
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    """Set variables, and remove those that are None."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _check_free(port: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tstar_ray.config import Config, Stage
+from tstar_ray.config import Config, Stage, VariantConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
@@ -39,7 +39,8 @@ def table(section: type[BaseModel], prefix: str) -> str:
 def page() -> str:
     """The whole page."""
     parts = [table(type(field.default), f"{name}.") for name, field in Config.model_fields.items()]
-    return HEAD + "".join(parts) + table(Stage, "curriculum.stages[].")
+    parts += [table(VariantConfig, "rollout.variants[]."), table(Stage, "curriculum.stages[].")]
+    return HEAD + "".join(parts)
 
 
 if __name__ == "__main__":

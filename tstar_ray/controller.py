@@ -29,7 +29,8 @@ from cluster.metrics import Metrics
 from learner.group import LearnerError, LearnerGroup, LearnerLostError
 from learner.report import UpdateReport
 from tstar_ray.checkpoint import link_tree, newest_checkpoint, write_checkpoint
-from tstar_ray.collector import Collection, Collector
+from tstar_ray.collection import Collection
+from tstar_ray.collector import Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
 from tstar_ray.data import ProblemSets

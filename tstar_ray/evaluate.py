@@ -31,7 +31,8 @@ from tstar_ray.trajectory import Group, tokens_per_forward
 if TYPE_CHECKING:
     import torch
 
-    from tstar_ray.collector import Collection, Collector
+    from tstar_ray.collection import Collection
+    from tstar_ray.collector import Collector
     from tstar_ray.data import PromptedProblem
     from tstar_ray.grid import CellResult, Collect
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tstar_ray import arithmetic
-from tstar_ray.collector import Collection
+from tstar_ray.collection import Collection
 from tstar_ray.config import ARITHMETIC, ConfigError
 from tstar_ray.config_evaluate import DataSet, EvaluateConfig, GridConfig
 from tstar_ray.data import PromptedProblem, encode_prompt, load_problems

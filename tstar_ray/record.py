@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from learner.report import UpdateReport, report_dict
-from tstar_ray.collector import Collection
+from tstar_ray.collection import Collection
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 DASHBOARD = {

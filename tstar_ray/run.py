@@ -176,6 +176,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
     from tstar_ray.controller import Controller
     from tstar_ray.data import load_problem_sets
     from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.samples import decoder
 
     try:
         tokenizer, stop_ids = inspect_checkpoint(config.model.path, mask_token_id=config.model.mask_token_id)
@@ -186,8 +187,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
             check_servable(*plan_serving(config.model, config.served_actors))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    # Special tokens are part of what was decoded.
-    reporter.decode = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    reporter.decode = decoder(tokenizer)
     problems = load_problem_sets(config.data, tokenizer, held_out=config.eval.problems)
     reporter.say(
         f"model {config.model.path}; {len(problems.train)} problems to train on, {len(problems.held_out)} held out"
@@ -281,7 +281,8 @@ def start_rollouts(
     from cluster.pool import ActorPool, Supervision
     from cluster.scale import Desk
     from learner.group import LearnerLostError
-    from tstar_ray.collector import Collector, Limits
+    from tstar_ray.collection import Limits
+    from tstar_ray.collector import Collector
 
     actors, start_s = config.actors, config.cluster.start_timeout_s
     supervision = Supervision(

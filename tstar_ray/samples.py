@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tstar_ray.trajectory import Group, Trajectory
 
@@ -13,6 +14,11 @@ Decode = Callable[[Sequence[int]], str]
 """Token ids -> text."""
 
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """Of a tokenizer; special tokens are part of what was decoded."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def reveal_text(trajectory: Trajectory, decode: Decode) -> str:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+_WORD, _ROW = 8, 1024
+"""Bytes of a word of the checksum; words that are summed along rows and columns."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -86,9 +89,6 @@ def checksum_parts(parts: Iterable[torch.Tensor]) -> str:
     found = (plain + last, weighted + words * last, length)
     packed = b"".join((number % 2**64).to_bytes(8, "little") for number in found)
     return hashlib.blake2b(packed, digest_size=8).hexdigest()
-
-
-_WORD, _ROW = 8, 1024
 
 
 def _sums(words: torch.Tensor) -> tuple[int, int]:

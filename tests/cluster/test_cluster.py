@@ -22,7 +22,8 @@ from cluster.session import ClusterError, connect
 from cluster.weights import ObjectStoreTransport
 from learner.group import LearnerGroup, LearnerLostError
 from reward.actor import remote_class as reward_class
-from tstar_ray.collector import Collector, Limits
+from tstar_ray.collection import Limits
+from tstar_ray.collector import Collector
 from tstar_ray.config import ActorsConfig, ClusterConfig, LearnerConfig, ModelConfig
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding

@@ -8,7 +8,7 @@ import pytest
 from synthetic import make_trajectory
 
 from tstar_ray import analyze
-from tstar_ray.collector import Collection
+from tstar_ray.collection import Collection
 from tstar_ray.config import ConfigError, load_config, load_settings
 from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding

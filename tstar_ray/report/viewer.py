@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from tstar_ray.run_folder import RunFolder
+from tstar_ray.samples import Decode, decoder
 from tstar_ray.traces import read_traces
 from tstar_ray.trajectory import Group, Sample
 
 UPDATES, PROBLEMS, TOKENS = 14, 6, 120_000
 """Bounds of a page: updates, problems in each, tokens in all."""
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids -> text."""
 
 
 def load_decoder(model: str) -> tuple[Decode, str]:
@@ -31,8 +29,7 @@ def load_decoder(model: str) -> tuple[Decode, str]:
         tokenizer, _ = inspect_checkpoint(model)
     except Exception as error:  # a page with ids is better than none
         return lambda ids: "".join(f"⟨{i}⟩" for i in ids), f"tokens are shown as ids: {str(error)[:200]}"
-    # Special tokens are part of what was decoded.
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)), ""
+    return decoder(tokenizer), ""
 
 
 def viewer_data(run: RunFolder, decode: Decode) -> dict[str, Any]:
