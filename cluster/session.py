@@ -15,16 +15,14 @@ import importlib.util
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.logs import keep_logs
+from cluster.private_folder import PrivateFolder
 from tstar_ray.config import ClusterConfig
 
 _REACH_S = 5.0
@@ -51,8 +49,6 @@ class Session:
     """Folder of the private cluster."""
     token: str | None = None
     """What the private cluster's dashboard asks for."""
-    logs: Path | None = None
-    """Folder that takes what the private cluster's processes printed; None: it goes with the cluster."""
     _undo: ExitStack = field(default_factory=ExitStack)
     """Takes back what a private cluster changed in this process and on disk."""
 
@@ -68,16 +64,18 @@ class Session:
 
         with self._undo:
             ray.shutdown()
-            if self.temp_dir and self.logs:
-                keep_logs(self.temp_dir / "session_latest", self.logs)
 
 
-def connect(cluster: ClusterConfig, *, namespace: str) -> Session:
-    """Join or start; raises ClusterError. ``namespace`` keeps actor names apart from other runs'."""
+def connect(cluster: ClusterConfig, *, namespace: str, logs: Path | None = None) -> Session:
+    """Join or start; raises ClusterError.
+
+    ``namespace`` keeps actor names apart from other runs'. ``logs`` takes what a private cluster's processes printed,
+    when it ends; None: it goes with the cluster.
+    """
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
     if address:
         return _join(address, namespace)
-    return _start(cluster, namespace)
+    return _start(cluster, namespace, logs)
 
 
 def _common(namespace: str) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-def _start(cluster: ClusterConfig, namespace: str) -> Session:
+def _start(cluster: ClusterConfig, namespace: str, logs: Path | None) -> Session:
     if cluster.dashboard:
         _check_free(cluster.dashboard_port)
     changed = {
@@ -151,9 +149,8 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
         Config.initialize("")  # Ray caches these variables when it is first imported
         undo.callback(setattr, ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
         ray_constants.ENABLE_RAY_CLUSTER = False
-        # A socket path may have 107 characters, and Ray appends about 65 to this folder.
-        temp_dir = Path(tempfile.mkdtemp(prefix="tstar-", dir="/tmp"))
-        undo.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+        folder = PrivateFolder(logs)
+        undo.callback(folder.remove)
         try:
             context = ray.init(
                 address="local",
@@ -161,13 +158,13 @@ def _start(cluster: ClusterConfig, namespace: str) -> Session:
                 dashboard_host="127.0.0.1",
                 dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(temp_dir),
+                _temp_dir=str(folder.path),
                 **_common(namespace),
             )
         except Exception as error:
             raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
         url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
-        return Session(True, url, ray.cluster_resources(), temp_dir, _TOKEN, _undo=undo.pop_all())
+        return Session(True, url, ray.cluster_resources(), folder.path, _TOKEN, _undo=undo.pop_all())
 
 
 def _set_environment(values: Mapping[str, str | None]) -> None:

@@ -38,14 +38,15 @@ def group_advantages(rewards: Floats, kind: Advantage) -> Floats:
 
 
 def speed_advantages(tpf: Floats, correct: NDArray[np.bool_]) -> Floats:
-    """[G] tokens per forward -> z-scores among the correct samples, 0 for the others.
+    """[G] tokens per forward -> among the correct samples the z-score where it is positive, else 0.
 
     Standardised apart from correctness, so that neither term drowns the other (LightningRL, arXiv 2603.13319);
-    a wrong answer earns nothing by being fast.
+    a wrong answer earns nothing by being fast. A right answer loses nothing by being slow: its tokens are right as
+    well, and pushing them down undoes the confidence that the fast ones gain (docs/results.md).
     """
     scores = np.zeros(len(tpf))
     if correct.sum() > 1:
-        scores[correct] = group_advantages(tpf[correct], "zscore")
+        scores[correct] = np.maximum(group_advantages(tpf[correct], "zscore"), 0)
     return scores
 
 

@@ -30,9 +30,10 @@ def place(tmp_path_factory):
         (folder / name).write_text(text)
     for name, file, content in [
         ("held", "config.yaml", "{}"),
+        ("held", "metrics.jsonl", '{"kind": "evaluation"}'),
         ("gpt2", "config.json", json.dumps({"model_type": "gpt2"})),
     ]:
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         (folder / name / file).write_text(content)
     (folder / "nothing").mkdir()
     return folder

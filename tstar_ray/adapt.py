@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tstar_ray.claim import claim_folder
 from tstar_ray.command import run_command
 from tstar_ray.config_adapt import AdaptConfig
 from tstar_ray.config_base import ConfigError
@@ -49,7 +50,6 @@ def launch(config: AdaptConfig) -> int:
     from learner.group import LearnerError
     from tstar_ray.checkpoint import CheckpointError
     from tstar_ray.reporter import Reporter
-    from tstar_ray.run import prepare_folder
     from tstar_ray.tracking import open_trackers
 
     if not config.model.path:
@@ -57,25 +57,25 @@ def launch(config: AdaptConfig) -> int:
     auto = config.run.resume == Path("auto")
     name = config.run.name or ("" if auto else f"{time.strftime('%Y%m%d-%H%M%S')}-adapt")
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    folder, config = prepare_folder(config)
-    if auto and (folder / "result.json").is_file():
-        print(f"{folder} has ended already; its model is in {folder / 'final'}")
-        return 0
-    trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
-    with Reporter(folder, total=1, trackers=trackers) as reporter:
-        reporter.say(f"run folder {folder}")
-        reporter.settings(config.to_yaml())
-        try:
-            stopped = _run(config, folder, reporter)
-        except (ClusterError, LearnerError, CheckpointError) as error:
-            again = f"\ncontinue with run.resume={folder}" if any(folder.glob("checkpoints/u*")) else ""
-            print(f"error: {error}{again}", file=sys.stderr)
-            return 2
-        if stopped:
-            reporter.say(f"stopped; continue with run.resume={folder}")
-            return 130
-        reporter.say(f"block-diffusion model: {folder / 'final'}")
-        return 0
+    with claim_folder(config) as (folder, config):
+        if auto and (folder / "result.json").is_file():
+            print(f"{folder} has ended already; its model is in {folder / 'final'}")
+            return 0
+        trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
+        with Reporter(folder, total=1, trackers=trackers) as reporter:
+            reporter.say(f"run folder {folder}")
+            reporter.settings(config.to_yaml())
+            try:
+                stopped = _run(config, folder, reporter)
+            except (ClusterError, LearnerError, CheckpointError) as error:
+                again = f"\ncontinue with run.resume={folder}" if any(folder.glob("checkpoints/u*")) else ""
+                print(f"error: {error}{again}", file=sys.stderr)
+                return 2
+            if stopped:
+                reporter.say(f"stopped; continue with run.resume={folder}")
+                return 130
+            reporter.say(f"block-diffusion model: {folder / 'final'}")
+            return 0
 
 
 def _run(config: AdaptConfig, folder: Path, reporter: Any) -> bool:

@@ -52,7 +52,8 @@ class LossConfig(Section):
     """Groups whose mean reward lies outside (bounds kept) are filtered; groups without contrast always are.
     TraceRL uses [0.2, 0.8]."""
     speed_coef: float = Field(0.0, ge=0)
-    """Weight of tokens per forward, standardised among the correct samples of a group, in their advantage."""
+    """Weight of tokens per forward in the advantage: standardised among the correct samples of a group, and added to
+    those above the mean. Needs samples that differ in speed, as `rollout.variants` makes them."""
 
     @field_validator("accuracy_band")
     @classmethod

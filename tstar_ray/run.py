@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tstar_ray.budget import read_budget
+from tstar_ray.claim import claim_folder
 from tstar_ray.command import run_command
 from tstar_ray.config import Config, ConfigError
 from tstar_ray.signals import StopSignals
@@ -54,28 +54,28 @@ def launch(config: Config) -> int:
     if config.learner.replay:
         return replay_update(config, config.learner.replay)
     auto = config.run.resume == Path("auto")
-    folder, config = prepare_folder(config)
-    if auto and (folder / "result.json").is_file():
-        print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
-        return 0
-    total = sum(stage.gate.updates for stage in config.curriculum.resolve())
-    trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
-    with Reporter(folder, total=total, trackers=trackers) as reporter:
-        reporter.say(f"run folder {folder}")
-        reporter.settings(config.to_yaml())
-        try:
-            result = _run(config, folder, reporter)
-        except (ConfigError, ClusterError, LearnerError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        if result.stopped:
-            reporter.say(f"stopped after update {result.updates}; continue with run.resume={folder}")
-            return 130
-        reporter.table(result.before, result.after)
-        reporter.say(f"trained model: {folder / 'final'}")
-        if config.run.report:
-            add_report(folder, reporter.say)
-        return 0
+    with claim_folder(config) as (folder, config):
+        if auto and (folder / "result.json").is_file():
+            print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
+            return 0
+        total = sum(stage.gate.updates for stage in config.curriculum.resolve())
+        trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))
+        with Reporter(folder, total=total, trackers=trackers) as reporter:
+            reporter.say(f"run folder {folder}")
+            reporter.settings(config.to_yaml())
+            try:
+                result = _run(config, folder, reporter)
+            except (ConfigError, ClusterError, LearnerError, CheckpointError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            if result.stopped:
+                reporter.say(f"stopped after update {result.updates}; continue with run.resume={folder}")
+                return 130
+            reporter.table(result.before, result.after)
+            reporter.say(f"trained model: {folder / 'final'}")
+            if config.run.report:
+                add_report(folder, reporter.say)
+            return 0
 
 
 def add_report(folder: Path, say: Callable[[str], None]) -> None:
@@ -134,40 +134,6 @@ def replay_update(config: Config, traces: Path) -> int:
     return 0
 
 
-def prepare_folder(config: Any) -> tuple[Path, Any]:
-    """Make the run folder, or take the one to resume; refuses one that holds another run.
-
-    Returns it with the configuration in which ``run.resume=auto`` has become the folder, or None for a new run.
-    """
-    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
-    folder, resume = (config.run.dir / name).resolve(), config.run.resume
-    started = (folder / "config.yaml").is_file()
-    if resume == Path("auto"):
-        if not config.run.name:
-            raise ConfigError("run.resume=auto needs run.name: the folder to look into is run.dir/run.name")
-        resume = folder if any(folder.glob("checkpoints/u*")) else None
-        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})})
-        if started and not resume:
-            # Ended before its first checkpoint: nothing to continue from.
-            for left in ("metrics.jsonl", "tensorboard", "traces", "status.json", "checkpoints"):
-                path = folder / left
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif resume:
-        folder = resume.resolve()
-        if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"run.resume={resume}: no run folder (it has no config.yaml)")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: cannot make {folder}: {error}") from error
-    (folder / "config.yaml").write_text(config.to_yaml())
-    return folder, config
-
-
 def _run(config: Config, folder: Path, reporter: Any) -> Any:
     """Look at model and data, then cluster, actors, controller."""
     from cluster.metrics import Metrics
@@ -194,8 +160,10 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         + (f"; {problems.left_out} left out as too long" if problems.left_out else "")
     )
     with ExitStack() as stack:
-        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-{folder.name}-{os.getpid()}"))
-        session.logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        session = stack.enter_context(
+            connect(config.cluster, namespace=f"tstar-{folder.name}-{os.getpid()}", logs=logs)
+        )
         placement = plan(config, session.resources)
         for note in placement.notes:
             reporter.say(note)

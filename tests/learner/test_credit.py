@@ -49,9 +49,12 @@ def test_trap_38_groups_without_contrast_are_never_trained(value):
     assert not is_trainable(make_group([value] * 8), LossConfig())
 
 
-def test_speed_is_standardised_among_correct_samples_only():
+def test_speed_is_standardised_among_correct_samples_and_slow_right_answers_are_not_punished():
     tpf, correct = np.array([2.0, 4.0, 9.0, 1.0]), np.array([True, True, False, False])
-    np.testing.assert_allclose(speed_advantages(tpf, correct), [-1, 1, 0, 0])
+    np.testing.assert_allclose(speed_advantages(tpf, correct), [0, 1, 0, 0])
+    # mean 3, population deviation sqrt(2)
+    found = speed_advantages(np.array([1.0, 3.0, 3.0, 5.0]), np.ones(4, bool))
+    np.testing.assert_allclose(found, [0, 0, 0, np.sqrt(2)])
     np.testing.assert_allclose(speed_advantages(tpf, np.array([True, False, False, False])), 0)
 
 
@@ -60,7 +63,7 @@ def test_speed_is_added_to_the_advantage_and_gives_all_correct_groups_contrast()
     speeds = np.array([tokens_per_forward([s.trajectory], commits=False) for s in group.samples])
     found = credit(group, LossConfig(speed_coef=0.25))
     expected = group_advantages(group.rewards, "zscore")
-    expected[:3] += 0.25 * (speeds[:3] - speeds[:3].mean()) / speeds[:3].std()
+    expected[:3] += 0.25 * np.clip((speeds[:3] - speeds[:3].mean()) / speeds[:3].std(), 0, None)
     np.testing.assert_allclose(found, expected)
     perfect = make_group([1, 1, 1, 1])
     assert not is_trainable(perfect, LossConfig())

@@ -1,0 +1,116 @@
+"""The folder of a run: one driver at a time works in it, and a mistake at the start costs no name.
+
+    run.name, run.resume ──► folder ──► .driver locked as long as the driver lives ──► new, cleared or resumed
+
+The kernel frees the lock however a driver ends. A driver on another node may have died with its node, and the file
+server learns of it late: whoever resumes waits for that.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tstar_ray.config_base import ConfigError
+
+_LOCK = ".driver"
+_LEASE_S = 120.0
+"""File servers free the locks of a lost node after 90 s or less (NFS 4: lease of 90 s)."""
+_POLL_S = 0.5
+_NOT_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def hold(folder: Path, *, lease_s: float = _LEASE_S, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Be the only process at work in an existing folder; raises ConfigError that names the other.
+
+    One on this machine is believed at once, one on another for ``lease_s`` seconds. File systems without locks are
+    taken as they are.
+    """
+    with open(folder / _LOCK, "a+", encoding="utf-8") as file:
+        deadline = None
+        while not _lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            here = holder.endswith(f" on {socket.gethostname()}")
+            if deadline is None:
+                deadline = time.monotonic() + (0 if here else lease_s)
+                if not here:
+                    say(f"{folder} is in use by {holder}; waiting {lease_s:.0f} s, as that machine may be lost")
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"{folder} is in use by {holder}; end that first, or choose another folder or name")
+            time.sleep(_POLL_S)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+    return True
+
+
+@contextmanager
+def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
+    """Make the run folder, or take the one to resume; refuses one that holds another run, or that is in use.
+
+    ``config`` has a section ``run`` (`tstar_ray.config.RunConfig`). Yields the folder, and the configuration in which
+    ``run.resume=auto`` has become the folder, or None for a new run.
+    """
+    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
+    folder, resume = (config.run.dir / name).resolve(), config.run.resume
+    if resume == Path("auto"):
+        if not config.run.name:
+            raise ConfigError("run.resume=auto needs run.name: the folder to look into is run.dir/run.name")
+    elif resume:
+        folder = resume.resolve()
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"run.resume={resume}: no run folder (it has no config.yaml)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: cannot make {folder}: {error}") from error
+    with hold(folder):
+        if resume == Path("auto"):
+            resume = folder if any(folder.glob("checkpoints/u*")) else None
+            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})})
+        elif not resume and _taken(folder):
+            raise ConfigError(
+                f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
+            )
+        if not resume and not (folder / "result.json").is_file():
+            _clear(folder)  # of one that ended before there was anything to continue from
+        (folder / "config.yaml").write_text(config.to_yaml())
+        yield folder, config
+
+
+def _taken(folder: Path) -> bool:
+    """Something was measured or saved there, or it is no run folder; one that failed to start is free."""
+    metrics = folder / "metrics.jsonl"
+    if (folder / "config.yaml").is_file():
+        return any(folder.glob("checkpoints/u*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    return any(entry.name != _LOCK for entry in folder.iterdir())
+
+
+def _clear(folder: Path) -> None:
+    for left in ("metrics.jsonl", "tensorboard", "traces", "status.json", "checkpoints"):
+        path = folder / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
