@@ -195,5 +195,27 @@ class EvaluateConfig(Section):
             raise ConfigError(str(error)) from error
 
 
+def held_out_set(run: Config) -> DataSet:
+    """The held-out problems of a run; raises ConfigError where they are a part of its training data."""
+    data = run.data
+    source = data.eval or data.train
+    if not data.eval and data.train != ARITHMETIC:
+        raise ConfigError(
+            f"data.eval is empty, and only the run knows the part of {data.train} it holds out; give a set of its own"
+        )
+    return DataSet(
+        name="held-out",
+        source=source,
+        subset=data.subset,
+        split=data.eval_split,
+        question_field=data.question_field,
+        answer_field=data.answer_field,
+        answer_after=data.answer_after,
+        prompt=data.prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+        limit=run.eval.problems,
+    )
+
+
 def _data_set(name: str) -> dict[str, Any]:
     return {"name": name, **PRESETS[name]} if name in PRESETS else {"source": name}

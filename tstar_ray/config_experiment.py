@@ -45,6 +45,9 @@ class ExperimentConfig(Section):
     """What is compared, in the order of the tables."""
     reference: str = ""
     """Arm whose score at the smallest block others are measured against; empty: the first decode_only arm."""
+    thresholds: tuple[float, ...] = ()
+    """Confidence thresholds at which every trained model, and the start model, is decoded once more at all of
+    eval.blocks: curves of accuracy over tokens per forward. Empty: only as the runs decode."""
     parallel: int = Field(1, ge=1)
     """Runs at a time."""
     cell_timeout_s: float = Field(86_400, gt=0)

@@ -5,6 +5,8 @@
     python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[1] name=quick
 
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
+                                                 │ thresholds
+                                                 └──► python -m tstar_ray.evaluate ──► decodings/ARM-sSEED/results.json
                                                                      └──► experiment.json, table.md, *.png, *.svg
 
 Runs that ended are skipped, interrupted ones go on from their newest checkpoint, failed ones are named and do not stop
@@ -15,25 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tstar_ray.budget import read_curve
 from tstar_ray.config import Config, ConfigError, load_config
+from tstar_ray.config_evaluate import EvaluateConfig, held_out_set
 from tstar_ray.config_experiment import ArmConfig, ExperimentConfig
-from tstar_ray.experiment_summary import CellResult, markdown, summary
-from tstar_ray.settings import load_settings
-
-_POLL_S = 0.2
-_KILL_S = 120.0
-"""Seconds that a run which was told to stop may take to save."""
+from tstar_ray.experiment_frontier import Decoded, frontier, frontier_markdown
+from tstar_ray.experiment_runner import Job, Runner
+from tstar_ray.experiment_summary import CellResult, markdown, rows, summary
+from tstar_ray.settings import load_settings, to_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = plan(config, Path(arguments.file).parent, folder)
         done = [cell for cell in cells if cell.done()]
         print(f"experiment {config.name}: {len(cells)} runs, {len(done)} done; folder {folder}", flush=True)
-        runner = Runner(config, folder, say=lambda text: print(text, flush=True))
-        failed = [] if arguments.table else runner.run([cell for cell in cells if cell not in done])
+        failed: list[Job] = []
+        runner = Runner(
+            parallel=config.parallel, timeout_s=config.cell_timeout_s, say=lambda text: print(text, flush=True)
+        )
+        if not arguments.table:
+            failed += runner.run([cell.job() for cell in cells if cell not in done])
+        if not arguments.table and not runner.stopped:
+            failed += runner.run([d.job() for d in plan_decodings(config, cells, folder) if not d.done()])
         if runner.stopped:
             print("stopped; the same command continues", flush=True)
             return 130
@@ -63,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for cell in failed:
-        print(f"failed: {cell.name}; its output is in {cell.log}", file=sys.stderr)
+    for job in failed:
+        print(f"failed: {job.name}; its output is in {job.log}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -101,11 +104,70 @@ class Cell:
             )
         return (self.folder / "result.json").is_file()
 
-    def command(self) -> list[str]:
+    def job(self) -> Job:
         """What runs it, now or again."""
-        given = self.log.with_suffix(".yaml")
-        given.write_text(self.config.to_yaml())
-        return [sys.executable, "-m", "tstar_ray.run", "--config", str(given), "run.resume=auto"]
+
+        def command() -> list[str]:
+            given = self.log.with_suffix(".yaml")
+            given.write_text(self.config.to_yaml())
+            return [sys.executable, "-m", "tstar_ray.run", "--config", str(given), "run.resume=auto"]
+
+        return Job(self.name, self.log, command, self._told)
+
+    def _told(self) -> str:
+        after = json.loads((self.folder / "result.json").read_text())["after"]
+        return ", ".join(f"B={e['decoding']['block_size']} {e['accuracy']:.1%} at TPF {e['tpf']:.2f}" for e in after)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodings:
+    """A model, trained or not, at the thresholds of the experiment."""
+
+    arm: str
+    """Key of its arm."""
+    seeds: tuple[int, ...]
+    """Seeds that it stands for: its own, or all for the start model."""
+    settings: EvaluateConfig
+    """Of its evaluation."""
+    log: Path
+    """What that printed."""
+
+    def done(self) -> bool:
+        """Ended with these settings; with others it is done again, and keeps the cells that both have."""
+        results = self.settings.folder / "results.json"
+        if not results.is_file():
+            return False
+        settings = self.settings.model_dump(mode="json")
+        saved = json.loads(results.read_text())["settings"]
+        return all(saved[name] == settings[name] for name in ("data", "grid"))
+
+    def job(self) -> Job:
+        """What evaluates it."""
+
+        def command() -> list[str]:
+            given = self.log.with_suffix(".yaml")
+            given.write_text(to_yaml(self.settings))
+            return [sys.executable, "-m", "tstar_ray.evaluate", "--config", str(given)]
+
+        def told() -> str:
+            return ", ".join(f"B={d.block} > {d.threshold:g} {d.accuracy:.1%} at TPF {d.tpf:.2f}" for d in self.found())
+
+        return Job(f"decodings of {self.settings.folder.name}", self.log, command, told)
+
+    def found(self) -> list[Decoded]:
+        """Its scores, for each of its seeds."""
+        cells = json.loads((self.settings.folder / "results.json").read_text())["cells"]
+        return [
+            Decoded(
+                arm=self.arm,
+                seed=seed,
+                block=cell["cell"]["decoding"]["block_size"],
+                threshold=cell["cell"]["decoding"]["threshold"],
+                **{name: cell[name] for name in ("accuracy", "tpf", "tpf_with_commits")},
+            )
+            for seed in self.seeds
+            for cell in cells
+        ]
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -127,96 +189,45 @@ def plan(config: ExperimentConfig, beside: Path, folder: Path) -> list[Cell]:
             own = [f"run.dir={folder / 'cells'}", f"run.name={name}", f"run.seed={seed}", "run.resume=null"]
             try:
                 resolved = load_config(base, [*config.settings, *how.settings, *own])
+                if config.thresholds:
+                    held_out_set(resolved)
             except ConfigError as error:
                 raise ConfigError(f"arms.{arm}: {error}") from error
             cells.append(Cell(arm, seed, resolved, folder / "logs" / f"{name}.log"))
     return cells
 
 
-class Runner:
-    """Runs cells in processes of their own."""
-
-    def __init__(self, config: ExperimentConfig, folder: Path, *, say: Callable[[str], None]) -> None:
-        self._parallel, self._timeout_s = config.parallel, config.cell_timeout_s
-        self._say = say
-        self._active: dict[Cell, tuple[subprocess.Popen[bytes], IO[bytes], float]] = {}
-        self.stopped = False
-        """A signal came."""
-
-    def run(self, cells: Sequence[Cell]) -> list[Cell]:
-        """To the end of all, or to a signal; returns those that failed."""
-        waiting, failed, total = list(cells), [], len(cells)
-        previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while self._active or (waiting and not self.stopped):
-                while waiting and not self.stopped and len(self._active) < self._parallel:
-                    self._start(waiting.pop(0))
-                time.sleep(_POLL_S)
-                for cell, code, seconds in self._ended():
-                    left = total - len(waiting) - len(self._active)
-                    if code == 0:
-                        self._say(f"[{left}/{total}] {cell.name} done in {seconds:.0f} s: {_scores(cell)}")
-                    elif not (self.stopped and code == 130):
-                        failed.append(cell)
-                        self._say(f"[{left}/{total}] {cell.name} FAILED (exit code {code}): {_last_line(cell.log)}")
-        finally:
-            for process, log, _ in self._active.values():
-                _kill(process)
-                log.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return failed
-
-    def _start(self, cell: Cell) -> None:
-        # A session of its own: Ctrl-C on the terminal reaches the run through `_handle`, once.
-        log = cell.log.open("ab")
-        process = subprocess.Popen(cell.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        self._active[cell] = (process, log, time.monotonic())
-        self._say(f"{cell.name} started, output in {cell.log}")
-
-    def _ended(self) -> list[tuple[Cell, int, float]]:
-        found = []
-        for cell, (process, log, start) in list(self._active.items()):
-            code, seconds = process.poll(), time.monotonic() - start
-            if code is None and seconds > self._timeout_s:
-                self._say(f"{cell.name} takes longer than cell_timeout_s={self._timeout_s:g}: stopping it")
-                process.terminate()
-                try:
-                    code = process.wait(timeout=_KILL_S)
-                except subprocess.TimeoutExpired:
-                    _kill(process)
-                code = -signal.SIGTERM
-            if code is not None:
-                log.close()
-                del self._active[cell]
-                found.append((cell, code, seconds))
-        return found
-
-    def _handle(self, number: int, _: Any) -> None:
-        if not self.stopped:
-            self._say(f"{signal.Signals(number).name}: the runs at work finish their update and save")
-        self.stopped = True
-        for process, _log, _start in self._active.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+def plan_decodings(config: ExperimentConfig, cells: Sequence[Cell], folder: Path) -> list[Decodings]:
+    """Every trained model, and the start model, at `thresholds`; none where there are none."""
+    if not config.thresholds:
+        return []
+    found = [_decodings(config, cell.config, cell.arm, (cell.seed,), folder, cell) for cell in cells if cell.done()]
+    starts = [arm for arm, how in config.arms.items() if how.decode_only]
+    if starts and cells:
+        found.insert(0, _decodings(config, cells[0].config, starts[0], config.seeds, folder, None))
+    return found
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a run of ours with the private cluster it started, which lives in its session."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _scores(cell: Cell) -> str:
-    after = json.loads((cell.folder / "result.json").read_text())["after"]
-    return ", ".join(f"B={e['decoding']['block_size']} {e['accuracy']:.1%} at TPF {e['tpf']:.2f}" for e in after)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error:")]
-    return (told or lines or ["it printed nothing"])[-1][:300]
+def _decodings(
+    config: ExperimentConfig, run: Config, arm: str, seeds: tuple[int, ...], folder: Path, cell: Cell | None
+) -> Decodings:
+    name = cell.name if cell else arm
+    settings = EvaluateConfig(
+        folder=folder / "decodings" / name,
+        model=run.model.model_copy(update={"path": str(cell.folder / "final")}) if cell else run.model,
+        data=(held_out_set(run),),
+        grid={
+            "blocks": run.eval.blocks,
+            "thresholds": config.thresholds,
+            "max_new_tokens": run.rollout.max_new_tokens,
+            "temperature": run.eval.temperature,
+        },
+        actors=run.actors,
+        reward=run.reward,
+        cluster=run.cluster,
+        save_traces=False,
+    )
+    return Decodings(arm, seeds, settings, folder / "logs" / f"{name}-decodings.log")
 
 
 def results(config: ExperimentConfig, cells: Sequence[Cell]) -> list[CellResult]:
@@ -246,21 +257,27 @@ def results(config: ExperimentConfig, cells: Sequence[Cell]) -> list[CellResult]
     return found
 
 
-def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed: Sequence[Cell]) -> None:
+def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed: Sequence[Job]) -> None:
     """experiment.json, table.md and figures of what has ended, and the table on the console."""
     found = results(config, cells)
     if not found:
         print("no run has ended yet: no table", flush=True)
         return
     labels = {arm: how.label or arm for arm, how in config.arms.items()}
-    made = summary(found, _reference(config))
+    reference = _reference(config)
+    made = summary(found, reference)
     table = markdown(made, labels)
+    decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
+    if decoded:
+        start = min((row for row in rows(found) if row.arm == reference), key=lambda row: row.block)
+        made["frontier"] = frontier(decoded, asdict(start))
+        table += "\n" + frontier_markdown(made["frontier"], labels)
     everything = {
         "experiment": config.model_dump(mode="json"),
         "decoding": found[0].evaluations[0]["decoding"] if found[0].evaluations else {},
         "problems": found[0].evaluations[0]["problems"] if found[0].evaluations else 0,
         "unfinished": [cell.name for cell in cells if not cell.done()],
-        "failed": [cell.name for cell in failed],
+        "failed": [job.name for job in failed],
         **made,
         "cells": [asdict(cell) for cell in found],
     }

@@ -1,4 +1,5 @@
-"""Figures of an experiment as PNG and SVG: accuracy against tokens per forward, and held-out accuracy on the way."""
+"""Figures of an experiment as PNG and SVG: accuracy against tokens per forward, by block size and by confidence
+threshold, and held-out accuracy on the way."""
 
 from __future__ import annotations
 
@@ -16,13 +17,22 @@ _MARKERS = "osD^vPX*"
 
 
 def draw(folder: Path, found: dict[str, Any], cells: Sequence[Any], labels: dict[str, str]) -> list[Path]:
-    """Write pareto.* and curves.* from `experiment_summary.summary` and the cells it is of."""
+    """Write pareto.*, curves.* and, where models were decoded at several thresholds, frontier.* from
+    `experiment_summary.summary` and the cells it is of."""
     arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
     style = {arm: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(arms)}
-    return [
-        *_save(_pareto(found["rows"], style, labels), folder / "pareto"),
+    title = "Accuracy against parallelism; numbers are block sizes, bars one standard deviation over seeds"
+    paths = [
+        *_save(_pareto(found["rows"], "block", title, style, labels), folder / "pareto"),
         *_save(_curves(cells, style, labels), folder / "curves"),
     ]
+    if "frontier" in found:
+        rows = found["frontier"]["rows"]
+        top = max(row["block"] for row in rows)
+        title = f"B={top}; numbers are confidence thresholds, bars one standard deviation over seeds"
+        rows = [row for row in rows if row["block"] == top]
+        paths += _save(_pareto(rows, "threshold", title, style, labels), folder / "frontier")
+    return paths
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
@@ -32,11 +42,16 @@ def _save(figure: Figure, path: Path) -> list[Path]:
     return paths
 
 
-def _pareto(rows: Sequence[dict[str, Any]], style: dict[str, tuple[str, str]], labels: dict[str, str]) -> Figure:
+def _pareto(
+    rows: Sequence[dict[str, Any]], number: str, title: str, style: dict[str, tuple[str, str]], labels: dict[str, str]
+) -> Figure:
+    """``number``: what tells the points of an arm apart."""
     figure = Figure(figsize=(7.2, 4.8))
     axes = figure.add_subplot()
     for arm, (colour, marker) in style.items():
-        mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["block"])
+        mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r[number])
+        if not mine:
+            continue
         axes.errorbar(
             [r["tpf"] for r in mine],
             [100 * r["accuracy"] for r in mine],
@@ -52,7 +67,7 @@ def _pareto(rows: Sequence[dict[str, Any]], style: dict[str, tuple[str, str]], l
         )
         for r in mine:
             axes.annotate(
-                str(r["block"]),
+                f"{r[number]:g}",
                 (r["tpf"], 100 * r["accuracy"]),
                 xytext=(4, 4),
                 textcoords="offset points",
@@ -60,7 +75,7 @@ def _pareto(rows: Sequence[dict[str, Any]], style: dict[str, tuple[str, str]], l
                 color=colour,
             )
     _dress(axes, "tokens per forward (without commits)", "held-out accuracy, %")
-    axes.set_title("Accuracy against parallelism; numbers are block sizes, bars one standard deviation over seeds")
+    axes.set_title(title)
     axes.title.set_fontsize(8)
     axes.legend(fontsize=8, frameon=False)
     return figure
