@@ -301,6 +301,9 @@ def _resolve(path: str | Path) -> str:
 
 
 def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
+    if "/" not in path and not os.path.exists(path):
+        # Asking the hub would take half a minute where there is no network.
+        raise ValueError(f"model.path={path}: no such folder, and no hub name, which is OWNER/NAME; or use `embedded`")
     try:
         config_dict, _ = transformers.PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
