@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jobs import environment
 from synthetic import make_checkpoint_folder
-from test_run import environment
 
 from tstar_ray.adapt_data import load_example_sets
 from tstar_ray.config_adapt import AdaptConfig, AdaptDataConfig

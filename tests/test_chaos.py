@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_run import environment
+from jobs import environment
 
 from benchmarks.chaos_audit import audit
 from benchmarks.chaos_faults import KINDS, draw_kinds

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import SMALL, environment
+from jobs import SMALL, environment
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -60,9 +60,9 @@ ELSEWHERE = {
         "test_adapt.py",
         "test_an_adaptation_is_stopped_resumed_and_used_as_a_policy",
     ),
-    "python -m cluster.scale runs/NAME --rollout 8": ("test_run.py", "test_invariant_5_fresh"),
-    "python -m cluster.scale runs/NAME --rollout 8 --reward 2": ("test_run.py", "test_invariant_5_fresh"),
-    "python -m cluster.scale RUN_FOLDER": ("test_run.py", "test_invariant_5_fresh"),
+    "python -m cluster.scale runs/NAME --rollout 8": ("test_faults.py", "test_invariant_5_fresh"),
+    "python -m cluster.scale runs/NAME --rollout 8 --reward 2": ("test_faults.py", "test_invariant_5_fresh"),
+    "python -m cluster.scale RUN_FOLDER": ("test_faults.py", "test_invariant_5_fresh"),
     "python -m tstar_ray.experiment configs/experiment_embedded.yaml": ("test_experiment.py", "test_a_stopped"),
     "python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[1] name=one": (
         "test_experiment.py",

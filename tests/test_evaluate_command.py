@@ -7,7 +7,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from test_run import environment
+from jobs import environment
 
 from tstar_ray.model import load_checkpoint
 from tstar_ray.traces import read_traces

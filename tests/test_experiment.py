@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import environment
+from jobs import environment
 
 pytestmark = pytest.mark.cluster
 TINY = Path(__file__).parents[1] / "configs" / "experiment_tiny.yaml"

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import SMALL, records
+from jobs import SMALL, records
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[1]
