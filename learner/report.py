@@ -33,7 +33,7 @@ class UpdateSpec:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """Means over the target tokens of an update, unless said otherwise."""
+    """Means over the target tokens that an update forwarded, unless said otherwise."""
 
     loss: float
     """Mean over optimizer steps of the minimised loss."""

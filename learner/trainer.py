@@ -99,9 +99,12 @@ class Trainer:
         ]
         order = np.random.default_rng([self._seed, update]).permutation(len(samples))
         parts = np.array_split(order, self._config.steps_per_update)
-        shares = [self._share([samples[i] for i in part], spec) for part in parts]
+        has_value = self._config.value.kind != "none"
+        # In a batch's only step the policy is its own reference: what has no advantage has no gradient.
+        skip = len(parts) == 1 and self._reference is None and not has_value
+        shares = [self._share([samples[i] for i in part], spec, skip_idle=skip) for part in parts]
         sums, grad_norm, rate = Sums(), 0.0, 0.0
-        if self._config.value.kind != "none":
+        if has_value:
             shares = [self._assign_credit(share, temperature, sums) for share in shares]
         old = [None, *(self._logprobs(share, temperature) for share in shares[1:])]
         for share, old_logprobs in zip(shares, old):
@@ -115,7 +118,7 @@ class Trainer:
             samples=len(samples),
             seconds=time.perf_counter() - start,
             comparable=spec.compare_recorded,
-            has_value=self._config.value.kind != "none",
+            has_value=has_value,
         )
 
     def replay_error(self, trajectories: Sequence[Trajectory]) -> float:
@@ -143,9 +146,11 @@ class Trainer:
             rng=np.random.default_rng([self._seed, update, trajectory.group_id, trajectory.sample]),
         )
 
-    def _share(self, samples: Sequence[SlicedSample], spec: UpdateSpec) -> _Share:
+    def _share(self, samples: Sequence[SlicedSample], spec: UpdateSpec, *, skip_idle: bool = False) -> _Share:
+        """``skip_idle``: samples without advantage count in the normaliser and are not forwarded."""
         weights = token_weights(samples, self._config.loss.normaliser, length_norm=spec.length_norm)
-        mine = balance([len(s.ids) for s in samples], self.world)[self.rank]
+        forwarded = [i for i, s in enumerate(samples) if s.advantage.any() or not skip_idle]
+        mine = [forwarded[k] for k in balance([len(samples[i].ids) for i in forwarded], self.world)[self.rank]]
         cuda, config = self._model.device.type == "cuda", self._config
         batches: list[MicroBatch | None] = [
             *pack(

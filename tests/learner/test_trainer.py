@@ -74,6 +74,27 @@ def assert_same_training(result, expected, *, cut=False):
     assert cut or forwarded == expected_tokens
 
 
+def _all_correct(**loss):
+    """One update of groups in which every sample is right: only speed tells them apart."""
+    groups = [
+        dataclasses.replace(g, samples=tuple(dataclasses.replace(s, reward=1.0, verdict="correct") for s in g.samples))
+        for g in make_groups(5)
+    ]
+    trainer = make_trainer(loss={"speed_coef": 0.5} | loss)
+    report = trainer.update(groups, make_spec(), update=0)
+    return report.loss, report.grad_norm, report.forwarded_tokens, trainer.flat_weights().numpy()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_without_advantage_are_not_forwarded_and_nothing_else_changes(ranks):
+    skipped = on_ranks(ranks, _all_correct)
+    # A frozen reference makes a KL of every sample, here of no weight to speak of.
+    whole = on_ranks(1, _all_correct, kl_reference="initial", kl_coef=1e-12)
+    assert skipped[:2] == pytest.approx(whole[:2], rel=1e-5)
+    assert skipped[2] < 0.8 * whole[2]
+    assert np.linalg.norm(skipped[3] - whole[3]) < 1e-3 * np.linalg.norm(whole[3] - make_trainer_weights())
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_invariant_3_rank_count_does_not_change_training(one_rank, zero_stage):
     assert_same_training(on_ranks(2, train, zero_stage=zero_stage), one_rank)
