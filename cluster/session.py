@@ -15,7 +15,9 @@ import importlib.util
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -73,9 +75,11 @@ def connect(cluster: ClusterConfig, *, namespace: str, logs: Path | None = None)
     when it ends; None: it goes with the cluster.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        return _join(address, namespace)
-    return _start(cluster, namespace, logs)
+    on_term = signal.getsignal(signal.SIGTERM)
+    session = _join(address, namespace) if address else _start(cluster, namespace, logs)
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray has set one that ends the process with a stack trace
+    return session
 
 
 def _common(namespace: str) -> dict[str, Any]:

@@ -217,6 +217,19 @@ def test_invariant_5_fresh_under_an_asynchronous_loop_with_faults(tmp_path):
     assert ledger["ended"]["cancelled"] == ledger["ended"]["failed"] == 0, "nothing is dispatched past a stage's end"
 
 
+def test_sigterm_during_the_start_takes_down_what_was_built(tmp_path):
+    job = start(tmp_path, *SMALL, TSTAR_TEST_MARK=str(tmp_path))
+    lines = read_until(job, lambda line: line.startswith("private Ray cluster"))
+    job.terminate()
+    rest, _ = job.communicate(timeout=60)
+    output = "".join(lines) + rest
+    assert job.returncode == 130, output
+    assert "stopped at once" in output
+    assert "SIGTERM received" not in output, "no stack trace of Ray"
+    no_process_left(str(tmp_path))
+    assert not records(tmp_path / "job"), "nothing was measured"
+
+
 def test_a_second_driver_is_refused_and_sigterm_leaves_no_process_behind(tmp_path):
     job = start(tmp_path, *SMALL, "curriculum.updates=[50,50]", TSTAR_TEST_MARK=str(tmp_path))
     read_until(job, lambda line: line.split()[:1] == ["1/100"])

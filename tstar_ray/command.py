@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tstar_ray.config_base import ConfigError, Section
 from tstar_ray.settings import load_settings, to_yaml
@@ -24,7 +25,7 @@ def run_command(
     interrupted: str,
     example: str,
 ) -> int:
-    """Parse, load, and launch; returns the exit code: that of ``launch``, 2 for a mistake, 130 for Ctrl-C.
+    """Parse, load, and launch; returns the exit code: that of ``launch``, 2 for a mistake, 130 for Ctrl-C or SIGTERM.
 
     ``settings`` says where the settings are described, ``interrupted`` what is left after Ctrl-C, and ``example`` is
     the setting that an error message shows.
@@ -39,6 +40,7 @@ def run_command(
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
     arguments = parser.parse_intermixed_args(argv)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_settings(kind, arguments.config, arguments.settings, example=example)
         if arguments.print_config:
@@ -51,3 +53,10 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM, as Ctrl-C, takes down what was built so far."""
+    raise KeyboardInterrupt
