@@ -217,7 +217,7 @@ def _decodings(
         model=run.model.model_copy(update={"path": str(cell.folder / "final")}) if cell else run.model,
         data=(held_out_set(run),),
         grid={
-            "blocks": run.eval.blocks,
+            "blocks": run.eval_blocks,
             "thresholds": config.thresholds,
             "max_new_tokens": run.rollout.max_new_tokens,
             "temperature": run.eval.temperature,
