@@ -75,7 +75,7 @@ MISTAKES = [
     ("run.dir=P run.name=held", "already holds a run; choose another run.name, or continue it with run.resume="),
     ("run.dir=P/a_file", "run.dir=P/a_file: cannot make P/a_file/"),
     # model
-    ("model.path=gsm8k", "model.path=gsm8k: no such folder, and no hub name (OWNER/NAME); or embedded, embedded-b4"),
+    ("model.path=gsm8k", "model.path=gsm8k: no such folder, and no hub name (OWNER/NAME); or use embedded"),
     ("model.path=P/nowhere", "model.path=P/nowhere: no readable config.json there"),
     ("model.path=P/nothing", "model.path=P/nothing: no readable config.json there"),
     ("model.path=P/gpt2", "model_type 'gpt2' is not served; known are qwen3, sdar, llama"),

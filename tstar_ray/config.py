@@ -64,7 +64,7 @@ class ModelConfig(Section):
     """The policy."""
 
     path: str = EMBEDDED
-    """`embedded`, `embedded-b4`, a local checkpoint folder, or a hub name such as JetLM/SDAR-4B-Chat."""
+    """`embedded`, a local checkpoint folder, or a hub name such as JetLM/SDAR-4B-Chat."""
     mask_token_id: int | None = Field(None, ge=0)
     """Mask token; None: from the checkpoint's config or tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -23,8 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from tstar_ray.config import ARITHMETIC, Config, ConfigError, load_config
-from tstar_ray.embedded import FOLDERS
+from tstar_ray.config import ARITHMETIC, EMBEDDED, Config, ConfigError, load_config
 from tstar_ray.memory import (
     PUBLISHED,
     ModelShape,
@@ -216,7 +215,7 @@ def _host_gib() -> float | None:
 def find_model(config: Config) -> tuple[ModelShape | None, list[Finding]]:
     """Sizes of the model, and whether it can be opened."""
     path = config.model.path
-    folder = FOLDERS.get(path, Path(path))
+    folder = Path(__file__).parent / EMBEDDED if path == EMBEDDED else Path(path)
     what = f"model {path}"
     if not folder.is_dir():
         shape = known_shape(path)

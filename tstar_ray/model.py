@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tstar_ray.embedded import EMBEDDED, FOLDERS
+from tstar_ray.embedded import EMBEDDED
 from tstar_ray.head import TargetScores, entropy
 from tstar_ray.mask_token import add_mask_embedding, add_mask_token
 
@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "sdar": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
 }
-EMBEDDED_FOLDER = FOLDERS[EMBEDDED]
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 """The tiny model shipped with the package; `load_checkpoint("embedded")` opens it."""
 _REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
 _LOGITS_IN_CHUNK = {False: 2**21, True: 2**25}
@@ -297,13 +297,13 @@ def read_blueprint(path: str | Path, *, mask_token_id: int | None = None) -> Blu
 
 
 def _resolve(path: str | Path) -> str:
-    return str(FOLDERS.get(str(path), path))
+    return str(EMBEDDED_FOLDER if path == EMBEDDED else path)
 
 
 def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
     if "/" not in path and not os.path.exists(path):
         # Asking the hub would take half a minute where there is no network.
-        raise ValueError(f"model.path={path}: no such folder, and no hub name (OWNER/NAME); or {', '.join(FOLDERS)}")
+        raise ValueError(f"model.path={path}: no such folder, and no hub name (OWNER/NAME); or use {EMBEDDED}")
     try:
         config_dict, _ = transformers.PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

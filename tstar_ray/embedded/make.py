@@ -1,7 +1,7 @@
-"""Make the embedded start models: an autoregressive model of the built-in task, adapted to block diffusion at B=4.
+"""Make the embedded start model: an autoregressive model of the built-in task, adapted to block diffusion at B=4.
 
     python -m tstar_ray.embedded.make --out FOLDER [--ar-weights FILE] [--sft-steps N]
-    python -m tstar_ray.embedded.make --out FOLDER --mixture 4:1                        embedded-b4
+    python -m tstar_ray.embedded.make --out FOLDER --mixture 4:1                        one that fails in larger blocks
 
 1. **AR pre-training** from random weights: next-token prediction under a causal mask.
 2. **Block-diffusion SFT** by `tstar_ray.adapt` (SDAR's recipe; learner.adaptation). Most steps are at B=4; a share of
