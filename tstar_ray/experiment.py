@@ -150,7 +150,10 @@ class Decodings:
             return [sys.executable, "-m", "tstar_ray.evaluate", "--config", str(given)]
 
         def told() -> str:
-            return ", ".join(f"B={d.block} > {d.threshold:g} {d.accuracy:.1%} at TPF {d.tpf:.2f}" for d in self.found())
+            own = [d for d in self.found() if d.seed == self.seeds[0]]
+            top = max(d.block for d in own)
+            shown = [f"> {d.threshold:g} {d.accuracy:.1%} at TPF {d.tpf:.2f}" for d in own if d.block == top]
+            return f"B={top} " + ", ".join(shown)
 
         return Job(f"decodings of {self.settings.folder.name}", self.log, command, told)
 
