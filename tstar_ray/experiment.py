@@ -6,7 +6,7 @@
 
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
                                                  │ thresholds
-                                                 └──► python -m tstar_ray.evaluate ──► decodings/ARM-sSEED/results.json
+                                                 └──► python -m tstar_ray.evaluate ──► cells/ARM-sSEED/decodings
                                                                      └──► experiment.json, table.md, *.png, *.svg
 
 Runs that ended are skipped, interrupted ones go on from their newest checkpoint, failed ones are named and do not stop
@@ -123,6 +123,8 @@ class Cell:
 class Decodings:
     """A model, trained or not, at the thresholds of the experiment."""
 
+    name: str
+    """Of its run, or of the arm that decodes only."""
     arm: str
     """Key of its arm."""
     seeds: tuple[int, ...]
@@ -155,7 +157,7 @@ class Decodings:
             shown = [f"> {d.threshold:g} {d.accuracy:.1%} at TPF {d.tpf:.2f}" for d in own if d.block == top]
             return f"B={top} " + ", ".join(shown)
 
-        return Job(f"decodings of {self.settings.folder.name}", self.log, command, told)
+        return Job(f"decodings of {self.name}", self.log, command, told)
 
     def found(self) -> list[Decoded]:
         """Its scores, for each of its seeds."""
@@ -216,7 +218,7 @@ def _decodings(
 ) -> Decodings:
     name = cell.name if cell else arm
     settings = EvaluateConfig(
-        folder=folder / "decodings" / name,
+        folder=cell.folder / "decodings" if cell else folder / f"{arm}-decodings",
         model=run.model.model_copy(update={"path": str(cell.folder / "final")}) if cell else run.model,
         data=(held_out_set(run),),
         grid={
@@ -230,7 +232,7 @@ def _decodings(
         cluster=run.cluster,
         save_traces=False,
     )
-    return Decodings(arm, seeds, settings, folder / "logs" / f"{name}-decodings.log")
+    return Decodings(name, arm, seeds, settings, folder / "logs" / f"{name}-decodings.log")
 
 
 def results(config: ExperimentConfig, cells: Sequence[Cell]) -> list[CellResult]:
@@ -271,9 +273,9 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
     made = summary(found, reference)
     table = markdown(made, labels)
     decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
-    if decoded:
-        start = min((row for row in rows(found) if row.arm == reference), key=lambda row: row.block)
-        made["frontier"] = frontier(decoded, asdict(start))
+    starts = [row for row in rows(found) if row.arm == reference]
+    if decoded and starts:
+        made["frontier"] = frontier(decoded, asdict(min(starts, key=lambda row: row.block)))
         table += "\n" + frontier_markdown(made["frontier"], labels)
     everything = {
         "experiment": config.model_dump(mode="json"),
