@@ -206,10 +206,11 @@ def plan_decodings(config: ExperimentConfig, cells: Sequence[Cell], folder: Path
     """Every trained model, and the start model, at `thresholds`; none where there are none."""
     if not config.thresholds:
         return []
-    found = [_decodings(config, cell.config, cell.arm, (cell.seed,), folder, cell) for cell in cells if cell.done()]
+    done = [cell for cell in cells if cell.done()]
+    found = [_decodings(config, cell.config, cell.arm, (cell.seed,), folder, cell) for cell in done]
     starts = [arm for arm, how in config.arms.items() if how.decode_only]
-    if starts and cells:
-        found.insert(0, _decodings(config, cells[0].config, starts[0], config.seeds, folder, None))
+    if starts and done:
+        found.insert(0, _decodings(config, done[0].config, starts[0], config.seeds, folder, None))
     return found
 
 
