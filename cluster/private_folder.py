@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -57,16 +58,27 @@ def clear_orphans(*, place: Path = _PLACE, ending_s: float = _ENDING_S) -> list[
     cleared = []
     for owner in place.glob("tstar-*/owner"):
         folder = owner.parent
-        with suppress(OSError), open(owner) as file:  # another's, or gone in the meantime
-            if folder.stat().st_uid != os.getuid():
-                continue
+        if not _is_own(folder):
+            continue
+        with suppress(OSError), open(owner) as file:  # in use, or gone in the meantime
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             written = max((entry.stat().st_mtime for entry in folder.glob("session_*/logs/*")), default=0.0)
             if max(written, owner.stat().st_mtime) + ending_s < time.time():
-                logs = file.read()
-                _keep_and_remove(folder, Path(logs) if logs else None)
+                name = file.read()
+                # runs/NAME/logs/START: a run folder that was thrown away does not come back.
+                wanted = bool(name) and Path(name).parents[1].is_dir()
+                _keep_and_remove(folder, Path(name) if wanted else None)
                 cleared.append(folder)
     return cleared
+
+
+def _is_own(folder: Path) -> bool:
+    """A real folder of this user; /tmp is everybody's, and links in it lead anywhere."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _keep_and_remove(folder: Path, logs: Path | None) -> None:

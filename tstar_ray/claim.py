@@ -25,7 +25,7 @@ _LOCK = ".driver"
 _LEASE_S = 120.0
 """File servers free the locks of a lost node after 90 s or less (NFS 4: lease of 90 s)."""
 _POLL_S = 0.5
-_NOT_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -36,17 +36,15 @@ def hold(folder: Path, *, lease_s: float = _LEASE_S, say: Callable[[str], None] 
     taken as they are.
     """
     with open(folder / _LOCK, "a+", encoding="utf-8") as file:
-        deadline = None
+        deadline, told = time.monotonic() + lease_s, False
         while not _lock(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            here = holder.endswith(f" on {socket.gethostname()}")
-            if deadline is None:
-                deadline = time.monotonic() + (0 if here else lease_s)
-                if not here:
-                    say(f"{folder} is in use by {holder}; waiting {lease_s:.0f} s, as that machine may be lost")
-            if time.monotonic() >= deadline:
+            if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() >= deadline:
                 raise ConfigError(f"{folder} is in use by {holder}; end that first, or choose another folder or name")
+            if not told:
+                say(f"{folder} is in use by {holder}; waiting {lease_s:.0f} s, as that machine may be lost")
+                told = True
             time.sleep(_POLL_S)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -63,7 +61,7 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NOT_HERE:
+        if error.errno not in _NO_LOCKS:
             raise
     return True
 

@@ -50,7 +50,8 @@ def owned(tmp_path):
 
 
 def test_the_folder_of_a_killed_process_is_cleared_and_its_logs_kept(owned, tmp_path):
-    process, folder = owned(tmp_path / "run" / "logs")
+    (tmp_path / "run").mkdir()
+    process, folder = owned(tmp_path / "run" / "logs" / "start")
     assert clear_orphans(place=tmp_path, ending_s=0) == [], "its process lives"
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -58,7 +59,27 @@ def test_the_folder_of_a_killed_process_is_cleared_and_its_logs_kept(owned, tmp_
     assert clear_orphans(place=tmp_path) == [], "Ray's processes may still be ending"
     assert [str(f) for f in clear_orphans(place=tmp_path, ending_s=0)] == [folder]
     assert not os.path.exists(folder)
-    assert (tmp_path / "run" / "logs" / "rollout-0.77.err").read_text() == "out of memory\n"
+    assert (tmp_path / "run" / "logs" / "start" / "rollout-0.77.err").read_text() == "out of memory\n"
+
+
+def test_a_run_folder_that_was_thrown_away_does_not_come_back(owned, tmp_path):
+    process, folder = owned(tmp_path / "gone" / "logs" / "start")
+    process.kill()
+    process.wait()
+    assert len(clear_orphans(place=tmp_path, ending_s=0)) == 1
+    assert not os.path.exists(folder)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_link_in_tmp_is_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "owner").write_text(str(tmp_path / "run" / "logs" / "start"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tstar-link").symlink_to(mine)
+    assert clear_orphans(place=tmp_path, ending_s=0) == []
+    assert list((tmp_path / "run").iterdir()) == []
+    assert (mine / "owner").exists()
 
 
 def test_the_next_private_folder_clears_it(owned, tmp_path):
