@@ -168,7 +168,7 @@ class Decodings:
                 seed=seed,
                 block=cell["cell"]["decoding"]["block_size"],
                 threshold=cell["cell"]["decoding"]["threshold"],
-                **{name: cell[name] for name in ("accuracy", "tpf", "tpf_with_commits")},
+                **{name: cell[name] for name in ("accuracy", "tpf", "tpf_with_commits", "truncated")},
             )
             for seed in self.seeds
             for cell in cells

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tstar_ray.experiment_summary import Row, over_seeds
+
 KEEP = 0.97
 """Share of the reference's accuracy that T* is to keep."""
 _POINTS = 101
@@ -39,57 +41,25 @@ class Decoded:
     """Tokens per forward, without commits."""
     tpf_with_commits: float
     """With a commit pass for every block."""
+    truncated: float
+    """Share of completions cut at the cap."""
 
 
 @dataclass(frozen=True, slots=True)
-class FrontierRow:
+class FrontierRow(Row):
     """One arm decoded one way, over its seeds."""
 
-    arm: str
-    """Key of the arm."""
-    block: int
-    """Block size of decoding."""
     threshold: float
     """Confidence threshold."""
-    seeds: int
-    """Models."""
-    accuracy: float
-    """Mean over seeds."""
-    accuracy_sd: float
-    """Sample standard deviation; 0 for one seed."""
-    accuracy_worst: float
-    """Of the worst seed."""
-    tpf: float
-    """Mean."""
-    tpf_sd: float
-    """Sample standard deviation."""
-    tpf_with_commits: float
-    """Mean."""
 
 
 def frontier_rows(decoded: Sequence[Decoded]) -> list[FrontierRow]:
     """Arms in order of appearance, blocks and thresholds ascending."""
     found = []
     for arm in dict.fromkeys(d.arm for d in decoded):
-        ways = sorted({(d.block, d.threshold) for d in decoded if d.arm == arm})
-        for block, threshold in ways:
-            mine = [d for d in decoded if (d.arm, d.block, d.threshold) == (arm, block, threshold)]
-            accuracy, tpf = np.array([d.accuracy for d in mine]), np.array([d.tpf for d in mine])
-            ddof = min(1, len(mine) - 1)
-            found.append(
-                FrontierRow(
-                    arm=arm,
-                    block=block,
-                    threshold=threshold,
-                    seeds=len(mine),
-                    accuracy=float(accuracy.mean()),
-                    accuracy_sd=float(accuracy.std(ddof=ddof)),
-                    accuracy_worst=float(accuracy.min()),
-                    tpf=float(tpf.mean()),
-                    tpf_sd=float(tpf.std(ddof=ddof)),
-                    tpf_with_commits=float(np.mean([d.tpf_with_commits for d in mine])),
-                )
-            )
+        for block, threshold in sorted({(d.block, d.threshold) for d in decoded if d.arm == arm}):
+            mine = [asdict(d) for d in decoded if (d.arm, d.block, d.threshold) == (arm, block, threshold)]
+            found.append(FrontierRow(arm=arm, block=block, threshold=threshold, **over_seeds(mine)))
     return found
 
 

@@ -10,7 +10,7 @@ held-out problems are the same for all, so that differences between arms are not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,23 +91,23 @@ def rows(cells: Sequence[CellResult]) -> list[Row]:
         mine = [cell for cell in cells if cell.arm == arm]
         for block in sorted({e["decoding"]["block_size"] for cell in mine for e in cell.evaluations}):
             scores = [e for cell in mine for e in cell.evaluations if e["decoding"]["block_size"] == block]
-            accuracy = np.array([e["accuracy"] for e in scores])
-            tpf = np.array([e["tpf"] for e in scores])
-            found.append(
-                Row(
-                    arm=arm,
-                    block=block,
-                    seeds=len(scores),
-                    accuracy=float(accuracy.mean()),
-                    accuracy_sd=_deviation(accuracy),
-                    accuracy_worst=float(accuracy.min()),
-                    tpf=float(tpf.mean()),
-                    tpf_sd=_deviation(tpf),
-                    tpf_with_commits=float(np.mean([e["tpf_with_commits"] for e in scores])),
-                    truncated=float(np.mean([e["truncated"] for e in scores])),
-                )
-            )
+            found.append(Row(arm=arm, block=block, **over_seeds(scores)))
     return found
+
+
+def over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a `Row` says of scores (accuracy, tpf, tpf_with_commits, truncated), one for each seed."""
+    accuracy, tpf = (np.array([score[name] for score in scores]) for name in ("accuracy", "tpf"))
+    return {
+        "seeds": len(scores),
+        "accuracy": float(accuracy.mean()),
+        "accuracy_sd": _deviation(accuracy),
+        "accuracy_worst": float(accuracy.min()),
+        "tpf": float(tpf.mean()),
+        "tpf_sd": _deviation(tpf),
+        "tpf_with_commits": float(np.mean([score["tpf_with_commits"] for score in scores])),
+        "truncated": float(np.mean([score["truncated"] for score in scores])),
+    }
 
 
 def _deviation(values: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from tstar_ray.experiment_frontier import Decoded, fastest, frontier, frontier_m
 
 
 def decoded(arm, seed, threshold, accuracy, tpf, block=16):
-    return Decoded(arm, seed, block, threshold, accuracy, tpf, tpf * 0.75)
+    return Decoded(arm, seed, block, threshold, accuracy, tpf, tpf * 0.75, 0.0)
 
 
 MODELS = [
