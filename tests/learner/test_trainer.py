@@ -6,72 +6,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
-from synthetic import make_model, make_trajectory
-
-from tstar_ray.config import LearnerConfig
-from tstar_ray.problems import Problem
-from tstar_ray.trajectory import Group, Sample
-
-
-def make_groups(count, *, size=4, seed=0):
-    """Groups with mixed rewards and prompts and answers of very different lengths."""
-    rng = np.random.default_rng(seed)
-    groups = []
-    for g in range(count):
-        prompt = int(rng.integers(1, 14))
-        samples = []
-        for s in range(size):
-            trajectory = make_trajectory(
-                rng, prompt_len=prompt, blocks=int(rng.integers(1, 5)), block_size=4, group_id=g, sample=s
-            )
-            samples.append(Sample(trajectory, "", "correct" if s % 2 else "wrong", float(s % 2)))
-        groups.append(Group(g, Problem(str(g), "", ""), tuple(samples)))
-    return groups
-
-
-def make_trainer(**settings):
-    from learner.trainer import Trainer
-    from tstar_ray.model import Checkpoint
-
-    config = LearnerConfig(**{"lr": 1e-3, "warmup_updates": 0, "micro_batch_tokens": 512, "row_tokens": 256} | settings)
-    return Trainer(Checkpoint(make_model(), tokenizer=None, stop_ids=(0,)), config, seed=1)
-
-
-def make_spec(**changes):
-    from learner.report import UpdateSpec
-
-    return UpdateSpec(
-        **{"block_size": 4, "shrink": 1, "lr": 1e-3, "length_norm": 32, "compare_recorded": True} | changes
-    )
-
-
-def train(updates=2, groups=5, **settings):
-    """Weights and reports after some updates."""
-    trainer = make_trainer(**settings)
-    start = trainer.flat_weights()
-    reports = [trainer.update(make_groups(groups, seed=u), make_spec(), update=u) for u in range(updates)]
-    return start.numpy(), trainer.flat_weights().numpy(), [dataclasses.asdict(r) for r in reports]
+from synthetic import make_model
+from trainers import assert_same_training, make_groups, make_spec, make_trainer, make_trainer_weights, train
 
 
 @pytest.fixture(scope="module")
 def one_rank():
     return on_ranks(1, train)
-
-
-def assert_same_training(result, expected, *, cut=False):
-    moved = np.linalg.norm(expected[1] - expected[0])
-    assert moved > 1e-2, "training must move the weights for the comparison to mean anything"
-    # Adam divides by the square root of tiny second moments, which amplifies rounding where gradients vanish.
-    assert np.linalg.norm(result[1] - expected[1]) < 1e-3 * moved
-    for got, want in zip(result[2], expected[2]):
-        for name in ("loss", "kl", "entropy", "grad_norm", "replay_error"):
-            assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
-        for name in ("samples", "targets", "steps"):
-            assert got[name] == want[name], name
-    # Samples that are cut repeat what each piece sees.
-    forwarded, expected_tokens = (sum(r["forwarded_tokens"] for r in reports) for reports in (result[2], expected[2]))
-    assert (forwarded > expected_tokens) == cut
-    assert cut or forwarded == expected_tokens
 
 
 def _all_correct(**loss):
@@ -120,13 +61,6 @@ def test_invariant_3_rank_count_does_not_change_any_normaliser_at_any_shrink():
         assert other[:4] == pytest.approx(one[:4], rel=1e-5, abs=1e-6), case
         moved = np.abs(one[4] - make_trainer_weights())
         assert np.mean(np.abs(one[4] - other[4])) < 1e-3 * moved.mean(), case
-
-
-def make_trainer_weights():
-    """The start weights."""
-    from tstar_ray.weights import flatten
-
-    return flatten(make_model()).numpy()
 
 
 def test_invariant_3_trap_40_micro_batches_do_not_change_training(one_rank):
@@ -234,52 +168,6 @@ def test_offload_does_not_change_training(one_rank, zero_stage, offload):
 
 def test_gradient_checkpointing_does_not_change_training(one_rank):
     assert_same_training(on_ranks(1, train, gradient_checkpointing=True), one_rank)
-
-
-@pytest.mark.parametrize("kind", ["separate", "shared"])
-def test_value_model_is_split_over_ranks_without_a_difference(kind):
-    value = {"kind": kind, "lr": 1e-3, "gamma": 0.95, "lam": 0.9}
-    one = on_ranks(1, train, value=value, steps_per_update=2)
-    two = on_ranks(2, train, value=value, steps_per_update=2, zero_stage=2)
-    assert_same_training(two, one)
-    for a, b in zip(one[2], two[2]):
-        assert a["value_loss"] == pytest.approx(b["value_loss"], rel=1e-4)
-    assert one[2][0]["value_loss"] > 0
-
-
-def test_trap_45_a_zero_head_gives_the_plain_rewards_first_and_then_learns():
-    plain, valued, losses, variance = on_ranks(1, _value_learns)
-    assert valued["loss"] == pytest.approx(plain["loss"], rel=1e-6)
-    assert valued["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
-    assert losses[-1] < 0.6 * losses[0], f"the value model learns a batch it sees again and again: {losses}"
-    assert variance > 0.3
-
-
-def _value_learns():
-    plain = make_trainer().update(make_groups(4), make_spec(), update=0)
-    trainer = make_trainer(value={"kind": "separate", "lr": 1e-2, "clip": 10.0}, lr=1e-9)
-    reports = [trainer.update(make_groups(4), make_spec(lr=1e-9), update=u) for u in range(40)]
-    first, losses = reports[0], [r.value_loss for r in reports]
-    return dataclasses.asdict(plain), dataclasses.asdict(first), losses, reports[-1].explained_variance
-
-
-def test_value_model_is_part_of_the_checkpoint(tmp_path):
-    straight, resumed = on_ranks(1, _resume_value, folder=str(tmp_path))
-    assert straight == resumed
-
-
-def _resume_value(folder):
-    settings = {"value": {"kind": "separate", "lr": 1e-3}, "loss": {"kl_reference": "stage", "kl_coef": 0.1}}
-    trainer = make_trainer(**settings)
-    trainer.update(make_groups(3, seed=0), make_spec(), update=0)
-    trainer.start_stage(reset_optimizer=False)
-    trainer.update(make_groups(3, seed=1), make_spec(), update=1)
-    trainer.save(folder)
-    trainers = [trainer, make_trainer(**settings)]
-    trainers[1].load(folder)
-    reports = [t.update(make_groups(3, seed=2), make_spec(), update=2) for t in trainers]
-    assert reports[0].kl > 0, "the reference is the policy before the last update"
-    return [dataclasses.asdict(dataclasses.replace(r, seconds=0.0)) for r in reports]
 
 
 def test_kl_references_are_what_they_say():
