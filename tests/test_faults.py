@@ -51,8 +51,9 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_result(tmp_path, straight):
     assert "Traceback" not in output
     made = newest_checkpoint(tmp_path / "job" / "checkpoints", refused=pytest.fail).state["update"]
     assert 1 <= made <= 3
-    _, output = run(tmp_path, *settings, f"run.resume={tmp_path / 'job'}")
+    _, output = run(tmp_path, f"run.resume={tmp_path / 'job'}")  # as the message says: its settings are its own
     assert f"after update {made}" in output
+    assert "from here on" not in output
     assert_same_end(tmp_path / "job", straight)
 
 

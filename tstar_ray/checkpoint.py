@@ -41,7 +41,8 @@ def write_checkpoint(
     """Make ``root/uNNNNN``: ``fill`` writes the files, ``state`` (JSON) goes into the manifest."""
     final = root / f"u{update:05d}"
     temporary = root / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for unfinished in root.glob(".tmp-*"):  # of writers that were killed
+        shutil.rmtree(unfinished)
     temporary.mkdir(parents=True)
     fill(temporary)
     files = {}
@@ -51,8 +52,12 @@ def write_checkpoint(
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files, "state": state}, indent=1))
     _sync(manifest)
-    _sync(temporary)
-    shutil.rmtree(final, ignore_errors=True)
+    for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
+        _sync(folder)
+    if final.exists():  # a checkpoint still, by its other name, should the writer die before the next rename
+        replaced = root / f"{final.name}-replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     temporary.rename(final)
     _sync(root)
     # Later ones belong to a history that was given up when an earlier one was resumed.

@@ -2,6 +2,9 @@
 
     run.name, run.resume ──► folder ──► .driver locked as long as the driver lives ──► new, cleared or resumed
 
+A run that goes on keeps the settings it was begun with, but for those that the command gives; what they change is said,
+and what decides the order of its problems must stay.
+
 The kernel frees the lock however a driver ends. A driver on another node may have died with its node, and the file
 server learns of it late: whoever resumes waits for that.
 """
@@ -19,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tstar_ray.config_base import ConfigError
+from tstar_ray.config_base import ConfigError, Section
+from tstar_ray.settings import differences, load_settings
 
 _LOCK = ".driver"
 _LEASE_S = 120.0
@@ -71,7 +75,7 @@ def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
     """Make the run folder, or take the one to resume; refuses one that holds another run, or that is in use.
 
     ``config`` has a section ``run`` (`tstar_ray.config.RunConfig`). Yields the folder, and the configuration in which
-    ``run.resume=auto`` has become the folder, or None for a new run.
+    ``run.resume=auto`` has become the folder, or None for a new run. One that has ended is left as it is.
     """
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
     folder, resume = (config.run.dir / name).resolve(), config.run.resume
@@ -87,24 +91,57 @@ def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir}: cannot make {folder}: {error}") from error
     with hold(folder):
-        if resume == Path("auto"):
-            resume = folder if any(folder.glob("checkpoints/u*")) else None
+        auto, began = resume == Path("auto"), any(folder.glob("checkpoints/u*"))
+        if auto:
+            resume = folder if began else None
             config = config.model_copy(update={"run": config.run.model_copy(update={"resume": resume})})
-        elif not resume and _taken(folder):
+        if not resume and _taken(folder, again=auto):
             raise ConfigError(
-                f"{folder} already holds a run; choose another run.name, or continue it with run.resume={folder}"
+                f"{folder} already holds {'something else' if auto else 'a run'}; choose another run.name"
+                + ("" if auto else f", or continue it with run.resume={folder}")
             )
-        if not resume and not (folder / "result.json").is_file():
+        if auto and (folder / "result.json").is_file():
+            yield folder, config
+            return
+        if resume and (folder / "config.yaml").is_file():
+            _compare(load_settings(type(config), folder / "config.yaml"), config, folder)
+        if not resume:
             _clear(folder)  # of one that ended before there was anything to continue from
         (folder / "config.yaml").write_text(config.to_yaml())
         yield folder, config
 
 
-def _taken(folder: Path) -> bool:
-    """Something was measured or saved there, or it is no run folder; one that failed to start is free."""
+def recorded_settings(kind: type[Section], given: dict[str, Any]) -> Path | None:
+    """config.yaml of the run that what is given for a ``kind`` of settings continues; None: it continues none."""
+    run = given.get("run")
+    if "run" not in kind.model_fields or not isinstance(run, dict) or not run.get("resume"):
+        return None
+    folder = Path(str(run["resume"]))
+    if run["resume"] == "auto":
+        folder = Path(str(run.get("dir") or kind.model_fields["run"].default.dir)) / str(run.get("name") or "")
+    file = folder / "config.yaml"
+    return file if file.is_file() and any(folder.glob("checkpoints/u*")) else None
+
+
+def _compare(begun: Any, config: Any, folder: Path) -> None:
+    """Say what a resumed run does otherwise from here on; raises ConfigError where its data would be others."""
+    for key, (old, new) in differences(begun, config).items():
+        if key in ("run.dir", "run.name", "run.resume"):
+            continue
+        if key == "run.seed" or key.startswith("data."):
+            raise ConfigError(
+                f"{key}={new}: {folder} was begun with {old}, which decides what problems come next; leave it, or "
+                "begin another run with model.path set to what this one has trained"
+            )
+        print(f"from here on {key}={new} (so far {old})")
+
+
+def _taken(folder: Path, *, again: bool) -> bool:
+    """It is no run folder, or something was measured or saved there: one that failed to start is free, and so is,
+    for the same command ``again``, one that ended before its first checkpoint."""
     metrics = folder / "metrics.jsonl"
     if (folder / "config.yaml").is_file():
-        return any(folder.glob("checkpoints/u*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+        return not again and (any(folder.glob("checkpoints/u*")) or (metrics.is_file() and metrics.stat().st_size > 0))
     return any(entry.name != _LOCK for entry in folder.iterdir())
 
 

@@ -6,8 +6,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+from tstar_ray.claim import recorded_settings
 from tstar_ray.config_base import ConfigError, Section
 from tstar_ray.settings import load_settings, to_yaml
 
@@ -42,7 +44,9 @@ def run_command(
     arguments = parser.parse_intermixed_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        config = load_settings(kind, arguments.config, arguments.settings, example=example)
+        config = load_settings(
+            kind, arguments.config, arguments.settings, example=example, below=partial(recorded_settings, kind)
+        )
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0

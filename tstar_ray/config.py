@@ -38,8 +38,9 @@ class RunConfig(Section):
     seed: int = Field(20_11_14, ge=0)
     """Seed of problem order, sampling and training."""
     resume: Path | None = None
-    """Run folder to continue from its newest valid checkpoint; settings are taken from this command. `auto`: the
-    folder run.dir/run.name if it holds a run, else a new one, so that the same command continues after any kill."""
+    """Run folder to continue from its newest valid checkpoint, with the settings it was begun with but for those that
+    this command gives. `auto`: the folder run.dir/run.name if it holds a run, else a new one, so that the same command
+    continues after any kill."""
     checkpoint_every: int = Field(20, ge=1)
     """Updates between checkpoints; every stage change writes one too."""
     keep_checkpoints: int = Field(2, ge=1)

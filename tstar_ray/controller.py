@@ -96,6 +96,7 @@ class Controller:
         )
         self._curriculum = Curriculum(config.curriculum.resolve(), config.curriculum.rollback)
         self._update = self._version = 0
+        self._saved = -1
         self._before: list[Evaluation] = []
         self._best: Path | None = None
         self._losses: list[float] = []
@@ -129,7 +130,8 @@ class Controller:
             self._iterate()
         self._window.cancel()
         if self.stop_requested:
-            self._checkpoint()
+            if self._saved != self._update:
+                self._checkpoint()
             return Result(self._before, [], self._update, stopped=True)
         after = self._held_out.table(self._update, "trained model")
         self._learner.export(self._folder / "final")
@@ -318,6 +320,7 @@ class Controller:
                 fill,
                 keep=self._config.run.keep_checkpoints,
             )
+        self._saved = self._update
         self._reporter.phase(None, f"wrote {path.name}")
 
     def _resume(self, folder: Path) -> None:
@@ -325,6 +328,8 @@ class Controller:
         state = checkpoint.state
         try:
             self._curriculum.load_state_dict(state["curriculum"])
+        except KeyError:
+            raise ConfigError(f"{checkpoint.folder}: a checkpoint of another command; resume it with that") from None
         except ValueError as error:
             raise ConfigError(f"{checkpoint.folder}: {error}") from error
         shutil.rmtree(self._folder / "best", ignore_errors=True)

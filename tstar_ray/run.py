@@ -183,7 +183,9 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         result = controller.run()
     if not result.stopped:
         spent = {"budget": read_budget(folder / "metrics.jsonl")}
-        (folder / "result.json").write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
+        unfinished = folder / ".result.json"  # the file itself says that the run has ended
+        unfinished.write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
+        unfinished.rename(folder / "result.json")
     return result
 
 

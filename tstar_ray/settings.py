@@ -1,5 +1,7 @@
 """Settings from a YAML file and ``section.key=value`` arguments into any typed section; mistakes in plain words.
 
+    defaults ──► a resumed run's own config.yaml ──► YAML file ──► key=value ──► section (frozen)
+
 Every command reads its settings through `load_settings`; importing this module imports nothing heavy.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,20 +24,18 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def load_settings(
-    section: type[T], path: str | Path | None = None, overrides: Sequence[str] = (), *, example: str = "actors.count=4"
+    section: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    example: str = "actors.count=4",
+    below: Callable[[dict[str, Any]], Path | None] | None = None,
 ) -> T:
-    """Merge defaults, a YAML file and ``section.key=value`` overrides; raises ConfigError."""
-    merged: Any = OmegaConf.create({})
-    if path is not None:
-        try:
-            loaded = OmegaConf.load(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"--config {path}: no such file") from error
-        except Exception as error:  # YAML errors come in many classes
-            raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"--config {path}: expected sections with settings, found a list")
-        merged = loaded
+    """Merge defaults, a YAML file and ``section.key=value`` overrides; raises ConfigError.
+
+    ``below`` gets what file and overrides give, and names a file whose settings lie under both.
+    """
+    merged: Any = OmegaConf.create({}) if path is None else _load(path, f"--config {path}")
     changes: list[Any] = []
     for override in overrides:
         if "=" not in override or override.startswith("-"):
@@ -47,13 +47,44 @@ def load_settings(
         changes.append(given)
     try:
         merged = OmegaConf.merge(merged, *changes)
-        values = OmegaConf.to_container(merged, resolve=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+        if below and (lower := below(values)):
+            values = OmegaConf.to_container(OmegaConf.merge(_load(lower, str(lower)), merged), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings cannot be merged: {error}") from error
     try:
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(section, e) for e in error.errors())) from None
+
+
+def _load(path: str | Path, what: str) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: no such file") from error
+    except Exception as error:  # YAML errors come in many classes
+        raise ConfigError(f"{what}: not readable as YAML: {error}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{what}: expected sections with settings, found a list")
+    return loaded
+
+
+def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ: dotted key -> (old value, new value), as YAML has them."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _explain(root: type[BaseModel], error: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,26 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
     found = newest_checkpoint(tmp_path, refused=pytest.fail)
     assert (found.folder.name, found.state) == ("u00003", {"update": 3})
     assert (found.folder / "learner" / "weights.bin").read_bytes() == b"weights" * 1000
+
+
+def test_a_writer_that_dies_at_any_rename_leaves_a_checkpoint_and_the_next_one_clears_up(tmp_path, monkeypatch):
+    write(tmp_path, 4, keep=1)
+    rename, renames = Path.rename, []
+
+    def dies(path, target):
+        renames.append(path.name)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 4, keep=1)
+    assert renames == ["u00004", ".tmp-u00004"]
+    assert newest_checkpoint(tmp_path, refused=pytest.fail).state == {"update": 4}
+    monkeypatch.undo()
+    write(tmp_path, 8, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["u00008"]
 
 
 def damage_content(folder):

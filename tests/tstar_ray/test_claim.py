@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
-from tstar_ray.claim import claim_folder, hold
-from tstar_ray.config import ConfigError, load_config
+from tstar_ray.claim import claim_folder, hold, recorded_settings
+from tstar_ray.config import Config, ConfigError, load_config
+from tstar_ray.settings import load_settings
 
 HOLDER = """
 import sys, time
@@ -110,3 +112,50 @@ def test_auto_resumes_where_there_is_a_checkpoint_starts_where_there_is_none_and
         (folder / "checkpoints" / "u00004").mkdir(parents=True)
     with claim_folder(auto) as (folder, claimed):
         assert claimed.run.resume == folder
+
+
+def test_auto_never_clears_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "of-something-else").write_text("years")
+    auto = config(tmp_path, "run.name=a", "run.resume=auto")
+    refused = "a already holds something else; choose another run.name"
+    with pytest.raises(ConfigError, match=refused), claim_folder(auto):
+        pass
+    assert (tmp_path / "a" / "checkpoints" / "of-something-else").read_text() == "years"
+
+
+def test_a_run_goes_on_with_the_settings_it_was_begun_with(tmp_path, capsys):
+    first = config(tmp_path, "run.name=a", "learner.lr=0.003", "rollout.group_size=4", "data.limit=100")
+    with claim_folder(first) as (folder, _):
+        (folder / "checkpoints" / "u00004").mkdir(parents=True)
+    file = tmp_path / "more.yaml"
+    file.write_text("learner: {grad_clip: 0.5}")
+
+    def resumed(*settings):
+        below = partial(recorded_settings, Config)
+        return load_settings(Config, file, [f"run.dir={tmp_path}", *settings], below=below)
+
+    for how in ([f"run.resume={folder}"], ["run.resume=auto", "run.name=a"]):
+        given = resumed(*how, "rollout.group_size=8")
+        assert (given.learner.lr, given.learner.grad_clip, given.rollout.group_size) == (0.003, 0.5, 8)
+    with claim_folder(given) as (_, claimed):
+        assert claimed.learner.lr == 0.003
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["from here on learner.grad_clip=0.5 (so far 1.0)", "from here on rollout.group_size=8 (so far 4)"]
+    with claim_folder(given):
+        assert capsys.readouterr().out == "", "it is what the run has now"
+
+    for other in ("run.seed=5", "data.limit=50"):
+        refused = rf"{other}: .* was begun with (20_?11_?14|100), which decides what problems come next"
+        with pytest.raises(ConfigError, match=refused), claim_folder(resumed(f"run.resume={folder}", other)):
+            pass
+    assert load_config(folder / "config.yaml").data.limit == 100, "a refused command changes nothing"
+
+
+def test_a_run_that_has_ended_keeps_its_settings(tmp_path):
+    with claim_folder(config(tmp_path, "run.name=a", "learner.lr=0.003")) as (folder, _):
+        (folder / "checkpoints" / "u00004").mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+    with claim_folder(config(tmp_path, "run.name=a", "run.resume=auto", "learner.lr=0.5")):
+        pass
+    assert load_config(folder / "config.yaml").learner.lr == 0.003
