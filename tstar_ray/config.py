@@ -332,12 +332,6 @@ class Config(Section):
             raise ValueError(f"rollout.variants has {len(variants)} entries for groups of {group_size} samples")
         for stage in self.curriculum.resolve():
             for variant in variants:
-                small = variant.sub_block
-                if small and small < stage.rollout_block and stage.rollout_block % small:
-                    raise ValueError(
-                        f"rollout.variants: sub_block={small} does not divide the rollout block "
-                        f"{stage.rollout_block} of stage {stage.name}"
-                    )
                 if variant.threshold is not None and stage.strategy != "dynamic":
                     raise ValueError(
                         f"rollout.variants: threshold={variant.threshold:g} means something to dynamic unmasking "

@@ -88,7 +88,7 @@ class CurriculumConfig(Section):
     mode: Literal["tstar", "direct", "fixed"] = "tstar"
     """`tstar`: through all `blocks`; `direct`: all updates at the last block; `fixed`: all at the first."""
     blocks: tuple[int, ...] = (4, 8, 16)
-    """Block sizes, growing, each a multiple of the one before."""
+    """Block sizes, growing; with bridges each a multiple of the one before."""
     updates: tuple[int, ...] = (10, 15, 40)
     """Updates at each block; one number stands for all. `direct` and `fixed` use their sum."""
     bridge_updates: int = Field(0, ge=0)
@@ -113,8 +113,11 @@ class CurriculumConfig(Section):
         for small, large in zip(self.blocks, self.blocks[1:]):
             if large <= small:
                 raise ValueError(f"blocks={list(self.blocks)}: {large} after {small} does not grow")
-            if large % small:
-                raise ValueError(f"blocks={list(self.blocks)}: {large} is no multiple of {small}")
+            if self.bridge_updates and large % small:
+                raise ValueError(
+                    f"blocks={list(self.blocks)}: {large} is no multiple of {small}, as bridge_updates="
+                    f"{self.bridge_updates} needs; both grids of a bridge share their lines"
+                )
         if len(self.updates) not in (1, len(self.blocks)):
             raise ValueError(
                 f"updates={list(self.updates)}: give one number or one for each of the {len(self.blocks)} blocks"

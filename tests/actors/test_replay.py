@@ -81,7 +81,7 @@ def test_trap_23_truncated_sampling_records_the_untruncated_density(model, twin,
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_forced_orders_decode_as_the_plain_reference_does(model, twin, name, order):
     """The ablation of reveal orders: the same counts by the strategy, other positions, and tokens that follow."""
-    decoding = make_decoding(8, name, 0.8, order=order, sub_block=2)
+    decoding = make_decoding(8, name, 0.8, order=order, sub_block=3)
     requests = make_requests([3, 8, 13, 5], seed=6)
     for request, trajectory in zip(requests, TorchEngine(model, max_batch=3).generate(requests, decoding)):
         assert_equals_reference(trajectory.validate(), request, model, twin, decoding)

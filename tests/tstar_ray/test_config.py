@@ -82,7 +82,6 @@ def test_denoising_steps_scale_with_the_block():
         ("rollout.temperature=0", "rollout.temperature=0: input should be greater than 0"),
         ("actors.engine=sglang", "actors.engine='sglang': input should be 'torch' or 'vllm'"),
         ("curriculum.mode=foo", "curriculum.mode='foo': input should be 'tstar', 'direct' or 'fixed'"),
-        ("curriculum.blocks=[4,6]", "6 is no multiple of 4"),
         ("curriculum.blocks=[8,4]", "4 after 8 does not grow"),
         ("curriculum.blocks=[]", "name at least one block size"),
         ("curriculum.updates=[1,2]", "give one number or one for each of the 3 blocks"),
@@ -131,8 +130,8 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
             "in stage b4-8 (rollout block 4, train block 8, shrink 1) recorded log-probs are of other conditionals",
         ),
         (
-            ["rollout.variants=[{}, {sub_block: 3}]"],
-            "rollout.variants: sub_block=3 does not divide the rollout block 4 of stage b4",
+            ["curriculum.blocks=[4,6]", "curriculum.bridge_updates=2"],
+            "curriculum.blocks=[4, 6]: 6 is no multiple of 4, as bridge_updates=2 needs",
         ),
         (
             ["rollout.variants=[{threshold: 0.8}]", "curriculum.strategy=static"],
