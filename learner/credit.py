@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tstar_ray.config_learner import LossConfig
 
 Advantage = Literal["zscore", "mean", "leave_one_out"]
+Objective = Literal["policy", "imitation"]
 Floats = NDArray[np.float64]
 
 
@@ -50,8 +51,11 @@ def speed_advantages(tpf: Floats, correct: NDArray[np.bool_]) -> Floats:
     return scores
 
 
-def credit(group: Group, loss: LossConfig) -> Floats:
-    """[G] advantages of a group's samples."""
+def credit(group: Group, loss: LossConfig, objective: Objective = "policy") -> Floats:
+    """[G] advantages of a group's samples; ``imitation``: 1 where the answer is right, else 0 (expert iteration:
+    ReST-EM, arXiv 2312.06585)."""
+    if objective == "imitation":
+        return (group.rewards > 0).astype(np.float64)
     advantages = group_advantages(group.rewards, loss.advantage)
     if loss.speed_coef:
         tpf = np.array([tokens_per_forward([s.trajectory], commits=False) for s in group.samples])
@@ -59,10 +63,12 @@ def credit(group: Group, loss: LossConfig) -> Floats:
     return advantages
 
 
-def is_trainable(group: Group, loss: LossConfig) -> bool:
-    """Whether a group teaches anything (some advantage is not 0) and its mean reward lies inside the band."""
+def is_trainable(group: Group, loss: LossConfig, objective: Objective = "policy") -> bool:
+    """Whether a group teaches anything (some advantage is not 0) and, for a policy gradient, its mean reward lies
+    inside the band."""
     low, high = loss.accuracy_band
-    return bool(credit(group, loss).any() and low - 1e-9 <= group.rewards.mean() <= high + 1e-9)
+    within = objective == "imitation" or low - 1e-9 <= group.rewards.mean() <= high + 1e-9
+    return bool(within and credit(group, loss, objective).any())
 
 
 def gae(

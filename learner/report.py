@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from learner.credit import Objective
+
 TAIL = 2.0
 """Ratios of engine to learner beyond this factor count as tails."""
 
@@ -29,6 +31,10 @@ class UpdateSpec:
     """Report the distance to the engine's log-probs; meaningless in a bridge."""
     correction: Literal["none", "token", "step", "sequence"] = "none"
     """Level of the importance correction, see `tstar_ray.config_learner.CorrectionConfig`; not ``auto``."""
+    objective: Objective = "policy"
+    """``policy``: TraceRL. ``imitation``: right answers, masked at random within each training block."""
+    steps: int | None = None
+    """Optimizer steps of the update; None: `tstar_ray.config_learner.LearnerConfig.steps_per_update`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,10 @@ class Trainer:
         samples = [
             self._slice(sample.trajectory, advantage, spec, update)
             for group in groups
-            for sample, advantage in zip(group.samples, credit(group, self._config.loss))
+            for sample, advantage in zip(group.samples, credit(group, self._config.loss, spec.objective))
         ]
         order = np.random.default_rng([self._seed, update]).permutation(len(samples))
-        parts = np.array_split(order, self._config.steps_per_update)
+        parts = np.array_split(order, spec.steps or self._config.steps_per_update)
         has_value = self._config.value.kind != "none"
         # In a batch's only step the policy is its own reference: what has no advantage has no gradient.
         skip = len(parts) == 1 and self._reference is None and not has_value
@@ -142,7 +142,7 @@ class Trainer:
             block_size=spec.block_size,
             mask_id=self._model.mask_id,
             shrink=spec.shrink,
-            trace=self._config.loss.trace,
+            trace="random" if spec.objective == "imitation" else self._config.loss.trace,
             rng=np.random.default_rng([self._seed, update, trajectory.group_id, trajectory.sample]),
         )
 

@@ -312,17 +312,28 @@ class Config(Section):
             )
         self._check_variants()
         level = self.learner.loss.correction.level
+        samples = self.rollout.problems * self.rollout.group_size
         for stage in self.curriculum.resolve():
-            if level not in ("auto", "none") and (stage.is_bridge or stage.shrink > 1):
+            imitates = stage.objective == "imitation"
+            if level not in ("auto", "none") and (stage.is_bridge or stage.shrink > 1 or imitates):
                 raise ValueError(
                     f"learner.loss.correction.level={level}: in stage {stage.name} (rollout block "
-                    f"{stage.rollout_block}, train block {stage.train_block}, shrink {stage.shrink}) recorded "
-                    "log-probs are of other conditionals than those trained; use none"
+                    f"{stage.rollout_block}, train block {stage.train_block}, shrink {stage.shrink}, objective "
+                    f"{stage.objective}) recorded log-probs are of other conditionals than those trained; use none"
                 )
-        if self.rollout.problems * self.rollout.group_size < self.learner.steps_per_update:
+            if imitates and self.learner.value.kind != "none":
+                raise ValueError(
+                    f"stage {stage.name} has objective=imitation, which has no use for a value model; set "
+                    "learner.value.kind=none"
+                )
+            if stage.steps_per_update and stage.steps_per_update > samples:
+                raise ValueError(
+                    f"stage {stage.name}: steps_per_update={stage.steps_per_update} exceeds the {samples} samples of "
+                    "an update"
+                )
+        if self.learner.steps_per_update > samples:
             raise ValueError(
-                f"learner.steps_per_update={self.learner.steps_per_update} exceeds the "
-                f"{self.rollout.problems * self.rollout.group_size} samples of an update"
+                f"learner.steps_per_update={self.learner.steps_per_update} exceeds the {samples} samples of an update"
             )
         return self
 

@@ -50,6 +50,12 @@ class Stage(Section):
     """Learning rate of this stage; None: learner.lr."""
     reset_optimizer: bool = False
     """Start with fresh Adam moments."""
+    objective: Literal["policy", "imitation"] = "policy"
+    """`policy`: TraceRL. `imitation`: maximise the likelihood of right answers only, masked at random within each
+    training block, as adaptation does. In a bridge this teaches a block size that no training has touched, on the
+    policy's own answers at one that it masters."""
+    steps_per_update: int | None = Field(None, ge=1)
+    """Optimizer steps of an update of this stage; None: learner.steps_per_update."""
 
     @property
     def is_bridge(self) -> bool:
@@ -93,6 +99,10 @@ class CurriculumConfig(Section):
     """Updates at each block; one number stands for all. `direct` and `fixed` use their sum."""
     bridge_updates: int = Field(0, ge=0)
     """Updates of a bridge before each growth (rollouts at the old block, training at the new one); 0: none."""
+    bridge_objective: Literal["policy", "imitation"] = "policy"
+    """What bridges train, see `curriculum.stages[].objective`."""
+    bridge_steps_per_update: int | None = Field(None, ge=1)
+    """Optimizer steps of an update in a bridge; None: learner.steps_per_update."""
     gate: Gate = Gate()
     """Gate of every stage; its `updates` come from the list above."""
     strategy: Literal["dynamic", "static", "sequential", "entropy"] = "dynamic"
@@ -136,7 +146,8 @@ class CurriculumConfig(Section):
         updates = self.updates if len(self.updates) > 1 else self.updates * len(self.blocks)
 
         def stage(rollout: int, train: int, count: int) -> Stage:
-            name = f"b{train}" if rollout == train else f"b{rollout}-{train}"
+            bridge = rollout != train
+            name = f"b{rollout}-{train}" if bridge else f"b{train}"
             return Stage(
                 name=name,
                 rollout_block=rollout,
@@ -145,6 +156,8 @@ class CurriculumConfig(Section):
                 strategy=self.strategy,
                 threshold=self.threshold,
                 shrink=self.shrink,
+                objective=self.bridge_objective if bridge else "policy",
+                steps_per_update=self.bridge_steps_per_update if bridge else None,
             )
 
         if self.mode != "tstar":

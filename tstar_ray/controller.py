@@ -150,7 +150,7 @@ class Controller:
             return
         if health == "best":
             self._keep_best(stage)
-        trainable = self._window.settle(collection)
+        trainable = self._window.settle(stage, collection)
         trained = self._version
         report = self._train(stage, trainable)
         self._window.leave()

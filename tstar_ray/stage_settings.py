@@ -34,7 +34,12 @@ def rollout_variants(config: Config) -> tuple[Variant, ...]:
 
 def update_spec(config: Config, stage: Stage) -> UpdateSpec:
     """How a stage trains."""
-    comparable = not stage.is_bridge and stage.shrink == 1 and config.learner.loss.trace == "trace"
+    comparable = (
+        not stage.is_bridge
+        and stage.shrink == 1
+        and config.learner.loss.trace == "trace"
+        and stage.objective == "policy"
+    )
     level = config.learner.loss.correction.level
     if level == "auto":
         level = "token" if comparable and config.rollout.max_staleness else "none"
@@ -45,4 +50,6 @@ def update_spec(config: Config, stage: Stage) -> UpdateSpec:
         length_norm=config.learner.loss.length_norm or config.rollout.max_new_tokens,
         compare_recorded=comparable,
         correction=level,
+        objective=stage.objective,
+        steps=stage.steps_per_update,
     )

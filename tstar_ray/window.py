@@ -105,7 +105,8 @@ class Window:
         Only once a batch is complete, so that a refill does not favour problems with short answers.
         """
         assert pending.batch is not None
-        useful = sum(is_trainable(g, self._config.learner.loss) for g in pending.batch.found.groups)
+        loss, objective = self._config.learner.loss, stage.objective
+        useful = sum(is_trainable(g, loss, objective) for g in pending.batch.found.groups)
         missing = self._config.rollout.problems - useful
         if missing > 0 and pending.refills:
             pending.refills -= 1
@@ -129,11 +130,11 @@ class Window:
         assert blocks == {stage.rollout_block}, f"blocks {blocks} in a batch of stage {stage.name}"
         return collection
 
-    def settle(self, collection: Collection) -> list[Group]:
+    def settle(self, stage: Stage, collection: Collection) -> list[Group]:
         """End every group of the oldest batch in the ledger; returns those to train on."""
         trainable = []
         for group in collection.groups:
-            keep = is_trainable(group, self._config.learner.loss)
+            keep = is_trainable(group, self._config.learner.loss, stage.objective)
             self.ledger.end(group.group_id, "trained" if keep else "filtered")
             if keep:
                 trainable.append(group)

@@ -71,6 +71,13 @@ def test_speed_is_added_to_the_advantage_and_gives_all_correct_groups_contrast()
     assert not is_trainable(perfect, LossConfig(speed_coef=0.25, accuracy_band=(0.2, 0.8)))
 
 
+def test_imitation_credits_right_answers_alone_and_needs_no_contrast():
+    band = LossConfig(accuracy_band=(0.2, 0.8), speed_coef=0.25)
+    np.testing.assert_array_equal(credit(make_group([1, 0, 1, 1]), band, "imitation"), [1, 0, 1, 1])
+    assert is_trainable(make_group([1, 1, 1, 1]), band, "imitation")
+    assert not is_trainable(make_group([0, 0, 0, 0]), LossConfig(), "imitation")
+
+
 STEPS = np.array([0, 0, 1, 2, 2, 2])
 
 

@@ -127,7 +127,7 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
     [
         (
             ["learner.loss.correction.level=step", "curriculum.bridge_updates=3"],
-            "in stage b4-8 (rollout block 4, train block 8, shrink 1) recorded log-probs are of other conditionals",
+            "in stage b4-8 (rollout block 4, train block 8, shrink 1, objective policy) recorded log-probs are",
         ),
         (
             ["curriculum.blocks=[4,6]", "curriculum.bridge_updates=2"],
@@ -141,7 +141,18 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
             ["rollout.variants=[{}, {}, {}]", "rollout.group_size=2"],
             "rollout.variants has 3 entries for groups of 2 samples",
         ),
-        (["learner.loss.correction.level=token", "curriculum.shrink=2"], "shrink 2) recorded log-probs"),
+        (
+            ["curriculum.bridge_updates=2", "curriculum.bridge_objective=imitation", "learner.value.kind=shared"],
+            "stage b4-8 has objective=imitation, which has no use for a value model; set learner.value.kind=none",
+        ),
+        (
+            ["curriculum.bridge_updates=2", "curriculum.bridge_steps_per_update=4096"],
+            "stage b4-8: steps_per_update=4096 exceeds the 512 samples of an update",
+        ),
+        (
+            ["learner.loss.correction.level=token", "curriculum.shrink=2"],
+            "shrink 2, objective policy) recorded log-prob",
+        ),
         (["learner.loss.correction.level=token", "learner.loss.trace=coupled"], "needs loss.trace=trace"),
         (["learner.value.kind=shared", "learner.loss.trace=random"], "value.kind=shared needs loss.trace=trace"),
         (["learner.offload=optimizer", "learner.zero_stage=0"], "offload=optimizer needs zero_stage 1, 2 or 3"),
