@@ -117,8 +117,12 @@ def watched(tmp_path_factory):
 
 def test_every_metric_of_a_run_is_on_the_endpoint_and_agrees_with_its_records(watched):
     folder, scrapes, _ = watched
-    updates, last = records(folder), scrapes[-1]
+    updates, last = records(folder), {}
+    for found in scrapes:
+        last |= found
     assert {name for name, _ in last} == {*GAUGES, *TOTALS}
+    whole = [len(found) >= len(GAUGES) + len(PHASES) + len(OUTCOMES) + len(VERDICTS) for found in scrapes]
+    assert sum(whole) > len(whole) / 2, "and stays there, though most are set once in a while"
     for gauge, name in DASHBOARD.items():
         assert last[gauge, None] == pytest.approx(updates[-1].get(name, 0.0)), gauge
     trained = sum("learner/loss" in r for r in updates)
@@ -133,18 +137,20 @@ def test_every_metric_of_a_run_is_on_the_endpoint_and_agrees_with_its_records(wa
     tokens = sum(number for (name, _), number in last.items() if name == "actor_tokens")
     assert tokens > sum(24 * r["rollout/mean_tokens"] for r in updates), "evaluations are decoded too"
     assert {phase for name, phase in last if name == "phase"} == set(PHASES)
-    assert any(found["phase", "evaluate"] == 1 for found in scrapes)
+    assert any(found.get(("phase", "evaluate")) == 1 for found in scrapes)
 
 
 def test_actors_that_start_work_and_are_replaced_are_shown_at_once(watched):
     _, scrapes, _ = watched
-    assert scrapes[0]["rollout_actors_starting", None] == 2, "before any of them is ready"
-    before = [found for found in scrapes if found["weight_version", None] == found["accuracy", None] == 0]
-    working = [found for found in before if found["rollout_actors", None] == 2]
-    assert working, "during the start table"
-    assert {(f["reward_actors", None], f["rollout_actors_starting", None]) for f in working[1:]} == {(1, 0)}
-    after = [found for found in scrapes if found["actor_restarts", None] == 1]
-    assert after[0]["rollout_actors_starting", None] == 1
+    shown = [{name: number for (name, tag), number in found.items() if tag is None} for found in scrapes]
+
+    def seen(**values):
+        return any(values.items() <= found.items() for found in shown)
+
+    assert seen(rollout_actors_starting=2, rollout_actors=0), "before they are ready"
+    working = {"rollout_actors": 2, "reward_actors": 1, "rollout_actors_starting": 0, "reward_actors_starting": 0}
+    assert seen(weight_version=0, accuracy=0, **working), "during the start table"
+    assert seen(actor_restarts=1, rollout_actors_starting=1, rollout_actors=1)
 
 
 def test_a_prometheus_that_watched_a_run_answers_every_query_of_the_dashboard(watched):
@@ -154,14 +160,16 @@ def test_a_prometheus_that_watched_a_run_answers_every_query_of_the_dashboard(wa
         pytest.skip("prometheus is not installed")
     end = (folder / "result.json").stat().st_mtime
 
-    def answer(query):
-        asked = urllib.parse.urlencode({"query": query.replace("$run", "jo.*"), "time": end})
+    def answer(query, back=0):
+        asked = urllib.parse.urlencode({"query": query.replace("$run", "jo.*"), "time": end - back})
         try:
             with urllib.request.urlopen(f"http://{server}/api/v1/query?{asked}", timeout=10) as found:
                 return json.load(found)["data"]["result"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{query}: {error.read().decode()}") from error
 
-    assert [query for query in queries() if not answer(query)] == []
-    actors = {found["metric"]["actor"] for found in answer(next(q for q in queries() if "actor_tokens" in q))}
+    # A busy machine may scrape late.
+    assert [query for query in queries() if not any(answer(query, back) for back in (0, 3, 6))] == []
+    tokens = next(query for query in queries() if "actor_tokens" in query)
+    actors = {found["metric"]["actor"] for back in (0, 3, 6) for found in answer(tokens, back)}
     assert {"rollout-0", "rollout-1"} <= actors
