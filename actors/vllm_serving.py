@@ -73,7 +73,7 @@ def installed_vllm() -> tuple[str, str] | None:
 def check_servable(blueprint: Blueprint, serving: Serving) -> None:
     """Raise ValueError naming what is missing, or what this engine cannot serve, and the remedy."""
     found = installed_vllm()
-    remedy = f"pip install 'tstar-ray[vllm]' (vllm {VERSION}), on CPU `./tstar vllm-env`, or use actors.engine=torch"
+    remedy = f"pip install -e '.[vllm]' (vllm {VERSION}), on CPU `./tstar vllm-env`, or use actors.engine=torch"
     if found is None:
         raise ValueError(f"actors.engine=vllm: vLLM is not installed; {remedy}")
     name, version = found

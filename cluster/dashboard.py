@@ -44,7 +44,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Rollout accuracy", {"{{run}}": _run("accuracy")}, "percentunit", 1),
         Panel("Tokens per forward", {"{{run}}": _run("tokens_per_forward")}),
         Panel("Mean reward", {"{{run}}": _run("reward")}),
-        Panel("KL to the policy before the update (nats)", {"{{run}}": _run("kl")}),
+        Panel("KL to the reference policy (nats)", {"{{run}}": _run("kl")}),
     ),
     "Curriculum": (
         Panel(
@@ -76,7 +76,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
     ),
     "Actors": (
-        Panel("At work", {"rollout": _run("rollout_actors"), "reward": _run("reward_actors")}),
+        Panel("At work", {"{{run}} rollout": _run("rollout_actors"), "{{run}} reward": _run("reward_actors")}),
+        Panel(
+            "Starting or restarting",
+            {"{{run}} rollout": _run("rollout_actors_starting"), "{{run}} reward": _run("reward_actors_starting")},
+        ),
         Panel(
             "Replaced so far", {"{{run}} actors": _run("actor_restarts"), "{{run}} learner": _run("learner_restarts")}
         ),

@@ -118,6 +118,11 @@ class ActorPool:
         return {m.name: m.handle for m in self._members if m.state == "live" and not m.draining}
 
     @property
+    def coming(self) -> int:
+        """Actors wanted that may not work yet: waiting to start, starting, or proving weights."""
+        return sum(m.state != "live" and not m.draining for m in self._members)
+
+    @property
     def names(self) -> set[str]:
         """Actors whose answers count, also those that get no new work now."""
         return {m.name for m in self._members if m.handle is not None}

@@ -26,6 +26,8 @@ from tstar_ray.place import Place, here
 
 REQUEST, STATUS = "scale.json", "status.json"
 _ROLES = ("rollout", "reward")
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray tells the driver of a submitted job: its submission id, and what `--metadata-json` gave."""
 
 
 class Desk:
@@ -42,7 +44,7 @@ class Desk:
         self._folder, self._pools, self._learner, self._on_event = folder, pools, learner, on_event
         self._seen: bytes | None = None
         self._written = ""
-        self._driver = here("driver")
+        self._driver, self._job = here("driver"), json.loads(os.environ.get(_JOB, "{}")).get("metadata", {})
 
     def tick(self) -> None:
         """Take a request if there is a new one, and say how things stand."""
@@ -66,7 +68,8 @@ class Desk:
         def places(found: Mapping[str, Place]) -> dict[str, Any]:
             return {name: asdict(place) for name, place in found.items()}
 
-        status: dict[str, Any] = {"driver": asdict(self._driver), "learner": {"actors": places(self._learner())}}
+        status: dict[str, Any] = {"driver": asdict(self._driver), "job": self._job}
+        status["learner"] = {"actors": places(self._learner())}
         for role, pool in self._pools.items():
             status[role] = {
                 "wanted": pool.count,

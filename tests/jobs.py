@@ -2,10 +2,17 @@
 
 import json
 import os
+import secrets
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+RAY = str(Path(sys.executable).parent / "ray")
 
 SMALL = [
     "curriculum.blocks=[4,8]",
@@ -96,3 +103,40 @@ def marked(mark):
         except OSError:
             continue
     return found
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@contextmanager
+def ray_head(home, *options, **more):
+    """A Ray head node with port, folder and token of its own; gives (environment that joins it, address, process)."""
+    [port] = free_ports(1)
+    temp = tempfile.mkdtemp(prefix="head-", dir="/tmp")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    joined = environment(HOME=str(home), RAY_worker_niceness="0", **token, **more)
+    fixed = ["--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    process = subprocess.Popen(
+        [RAY, "start", *fixed, f"--port={port}", f"--temp-dir={temp}", *options],
+        env=joined,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield joined, f"127.0.0.1:{port}", process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run(["rm", "-rf", temp], check=False)

@@ -3,6 +3,7 @@
 A command that is in none of the tables below fails, and so does an entry that no page has any more.
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from jobs import SMALL, environment
+
+from learner.adapter import StepReport
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -40,8 +43,10 @@ SETTINGS = (
     "python -m tstar_ray.run",
     "python -m tstar_ray.adapt model.path=Qwen/Qwen3-1.7B-Base data.train=openai/gsm8k data.subset=main train.ranks=4 "
     "train.gpus=1 train.gradient_checkpointing=true run.dir=/data/runs run.name=qwen-b4 run.resume=auto",
-    "python -m tstar_ray.evaluate model.path=runs/NAME data=[gsm8k,math500] grid.blocks=[4,8,16]",
-    "python -m tstar_ray.evaluate model.path=JetLM/SDAR-4B-Chat data=[gsm8k,math500,aime24] grid.max_new_tokens=2048",
+    "python -m tstar_ray.evaluate model.path=/data/runs/NAME data=[gsm8k,math500] grid.blocks=[4,8,16] "
+    "grid.max_new_tokens=2048 actors.count=8 actors.gpus=1 actors.cache_gb=48",
+    "python -m tstar_ray.evaluate model.path=JetLM/SDAR-4B-Chat data=[gsm8k,math500,aime24] grid.max_new_tokens=2048 "
+    "actors.gpus=1",
     "python -m tstar_ray.evaluate model.path=runs/NAME grid.strategies=[dynamic,static] grid.thresholds=[0.8,0.9,0.95]",
     "python -m tstar_ray.evaluate model.path=runs/NAME grid.temperature=1 grid.samples=8",
 )
@@ -53,6 +58,10 @@ ELSEWHERE = {
         "test_a_submitted_job_trains",
     ),
     "ray job submit --working-dir . -- python -m tstar_ray.run run.dir=/abs/path": (
+        "test_job.py",
+        "test_a_submitted_job_trains",
+    ),
+    'ray job submit --submission-id NAME --metadata-json \'{"team": "math"}\' ...': (
         "test_job.py",
         "test_a_submitted_job_trains",
     ),
@@ -76,16 +85,27 @@ ELSEWHERE = {
     "python -m benchmarks.chaos": ("test_chaos.py", "def chaos"),
     "prometheus --config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml": (
         "cluster/test_metrics.py",
-        "test_a_prometheus_that_scrapes_a_run",
+        "test_a_prometheus_that_watched_a_run",
     ),
     "pip install torch==2.13.0": ("test_packaging.py", "test_the_wheel_trains_from_any_folder"),
-    "pip install tstar_ray[wandb]": ("tstar_ray/test_tracking.py", "test_weights_and_biases_gets_the_same"),
+    "pip install -e '.[wandb]'": ("tstar_ray/test_tracking.py", "test_weights_and_biases_gets_the_same"),
     "pip install -e '.[hub]'": ("test_packaging.py", "test_the_wheel_trains_from_any_folder"),
     "pip install -e '.[vllm]'": ("actors/test_vllm_engine.py", "def test"),
 }
 """File under tests/ and what it holds, where the command, or the same with other numbers, is run."""
 
 OPEN = (
+    "python3 -m venv .venv",
+    ". .venv/bin/activate",
+    "export HF_HOME=/data/huggingface",
+    "export HF_HUB_OFFLINE=1",
+    "hf download JetLM/SDAR-4B-Chat",
+    "python -c \"import datasets; datasets.load_dataset('openai/gsm8k', 'main')\"",
+    "kubectl get secrets",
+    "export RAY_AUTH_MODE=token",
+    "export RAY_AUTH_TOKEN=$(kubectl get secret NAME --template '{{.data.auth_token | base64decode}}')",
+    "ray get-auth-token --generate",
+    "ray job list",
     "cp cluster/grafana/tstar_ray.json /tmp/ray/session_latest/metrics/grafana/dashboards/",
     "grafana-server --config /tmp/ray/session_latest/metrics/grafana/grafana.ini --homepath /usr/share/grafana web",
     ".venv/bin/tensorboard --logdir runs",
@@ -147,6 +167,22 @@ def test_its_settings_are_accepted(command, monkeypatch, capsys):
     main = pytest.importorskip(module).main
     assert main([*command.split()[3:], "--print-config"]) == 0
     assert "model:" in capsys.readouterr().out
+
+
+def test_the_configuration_page_has_every_command_and_every_default():
+    page = (REPOSITORY / "docs" / "configuration.md").read_text()
+    for module in ("run", "evaluate", "adapt", "experiment"):
+        assert f"## python -m tstar_ray.{module}\n" in page
+    required = re.findall(r"^\| `(\S+)` \| \(required\)", page, re.MULTILINE)
+    stage = [f"curriculum.stages[].{name}" for name in ("name", "rollout_block", "train_block")]
+    assert required == [*stage, "data[].source", "name", "arms"]
+    for row in ("| `run.dir` | `runs` |", "| `actors.labels` | `{}` |", "| `stages[].mixture` | `{4: 1.0}` |"):
+        assert row in page
+
+
+def test_the_numbers_of_an_adaptation_are_on_the_metrics_page():
+    page = (REPOSITORY / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"`train/(\w+)`", page)) == {field.name for field in dataclasses.fields(StepReport)}
 
 
 @pytest.mark.cluster

@@ -63,6 +63,8 @@ def test_a_model_without_weights_or_mask_token_is_not_enough(capsys, tmp_path):
     code, _, by = found(capsys, f"run.dir={tmp_path}", f"model.path={tmp_path}")
     assert (code, by[f"model {tmp_path}"]["verdict"]) == (1, "missing")
     assert "holds no weights" in by[f"model {tmp_path}"]["found"]
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert "holds no weights" in found(capsys, f"model.path={tmp_path}")[2][f"model {tmp_path}"]["found"]
     (tmp_path / "config.json").write_text("{}")
     assert "config.json has no" in found(capsys, f"model.path={tmp_path}")[2][f"model {tmp_path}"]["found"]
 
@@ -86,6 +88,18 @@ def test_every_recipe_fits_the_gpus_it_is_for(capsys, recipe, tmp_path):
     assert {"weights", "optimizer", "activations"} <= {part["name"] for part in report["needs"]["learner rank"]}
     smaller = found(capsys, "--config", str(recipe), "--gpus", str(count), "--gpu-gib", "24")[2]
     assert any(f["verdict"] == "missing" and "24.0 GiB there" in f["found"] for f in smaller.values())
+
+
+def test_memory_beside_the_gpus_is_missing_wherever_it_is_short(capsys):
+    """The optimizer of SDAR-8B takes 122 GiB of the host."""
+    supposed = ["--config", str(CONFIGS / "sdar_8b_1gpu.yaml"), "--gpus", "1", "--gpu-gib", "80"]
+    for host, verdict in ((64, "missing"), (256, "ok")):
+        by = found(capsys, *supposed, "--host-gib", str(host))[2]
+        assert by["memory beside the GPUs"]["verdict"] == verdict
+        assert f"{host:.1f} GiB there" in by["memory beside the GPUs"]["found"]
+    assert found(capsys, *supposed)[2]["memory beside the GPUs"]["verdict"] == "note", "not known"
+    growing = found(capsys, *supposed, "--host-gib", "64", "cluster.autoscaling=true")[2]
+    assert growing["memory beside the GPUs"]["verdict"] == "note"
 
 
 def test_recipes_say_why():

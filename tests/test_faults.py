@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jobs import SEVEN, SMALL, environment, marked, no_process_left, read_until, records, row, run, start
 
-from tstar_ray.checkpoint import newest_checkpoint
+from tstar_ray.checkpoint import newest_checkpoint, read_checkpoint
 from tstar_ray.model import load_checkpoint
 from tstar_ray.traces import read_traces
 
@@ -85,12 +85,18 @@ def test_invariant_10_a_killed_driver_resumes_by_the_same_command_to_the_same_bi
 
 
 def test_the_guard_against_collapse_goes_on_after_a_kill_as_if_there_was_none(tmp_path):
-    """A learning rate that ruins the policy: batches collapse, and go back to best weights from before the kill."""
+    """A learning rate that ruins the policy: batches collapse, and go back to best weights from before the kill; the
+    third one ends the stage. What they cost is in the books, and the end of the stage in a checkpoint."""
     settings = [*SMALL, "curriculum.updates=[6,1]", "learner.lr=0.02", "learner.warmup_updates=0", "run.resume=auto"]
-    settings += ["curriculum.rollback.window=1", "curriculum.rollback.limit=100"]
-    folder, output = run(tmp_path, *settings, "run.name=undisturbed")
+    settings += ["curriculum.rollback.window=1", "curriculum.rollback.limit=2"]
+    _, output = run(tmp_path, *settings, "run.name=undisturbed")
+    other = tmp_path / "undisturbed"
     rows = [line.split() for line in output.splitlines()]
-    assert sum("collapsed" in row for row in rows) >= 2
+    collapses = records(other, "collapsed")
+    assert len(collapses) == sum("collapsed to" in line for line in output.splitlines()) == 3
+    assert read_checkpoint(other / "checkpoints" / f"u{collapses[-1]['update']:05d}").state["curriculum"]["stage"] == 1
+    spent = json.loads((other / "result.json").read_text())["budget"]
+    assert spent["samples"] == 24 * (len(records(other)) + len(collapses))
     before = next(i for i, row in enumerate(rows) if "collapsed" in row)
     update = int(rows[before - 1][0].split("/")[0])
     job = start(tmp_path, *settings)
@@ -100,8 +106,9 @@ def test_the_guard_against_collapse_goes_on_after_a_kill_as_if_there_was_none(tm
     _, again = run(tmp_path, *settings)
     assert "\nresumed " in again
     assert "collapsed" in again, "against a best that was measured before the kill"
-    other = folder.parent / "undisturbed"
-    assert [r["rollout/accuracy"] for r in records(tmp_path / "job")] == [r["rollout/accuracy"] for r in records(other)]
+    for kind in ("update", "collapsed"):
+        measured = [[(r["update"], r["rollout/accuracy"]) for r in records(f, kind)] for f in (tmp_path / "job", other)]
+        assert measured[0] == measured[1]
     after = [json.loads((tmp_path / n / "result.json").read_text())["after"] for n in ("job", "undisturbed")]
     assert after[0] == after[1]
 

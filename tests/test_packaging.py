@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -43,26 +46,37 @@ def test_the_wheel_holds_every_module_and_what_they_read(wheel):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
+def test_every_dependency_has_an_upper_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    assert [line for line in listed if not re.search(r"==|<", line)] == []
+
+
 @pytest.mark.cluster
 def test_the_wheel_trains_from_any_folder(wheel, tmp_path):
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(site)}
-    where = "import actors, learner, tstar_ray, sys; print(*(m.__file__ for m in (actors, learner, tstar_ray)))"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    """In an environment of its own, which sees what the wheel depends on, but neither the checkout nor its install."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    environment = tmp_path / "venv"
+    python = environment / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    [site] = environment.glob("lib/python*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True, env=clean)
+    # A path in a .pth file is looked at after the folder of that file, and .pth files in it are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+
+    def go(*command):
+        job = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=300, check=False)
+        assert job.returncode == 0, job.stdout + job.stderr
+        return job.stdout
+
+    where = (
+        "import actors, learner, reward, cluster, tstar_ray as t; print(*(m.__file__ for m in (actors, learner, t)))"
     )
-    assert all(path.startswith(str(site)) for path in found.stdout.split())
+    assert all(path.startswith(str(site)) for path in go(python, "-c", where).split())
     settings = ["curriculum.blocks=[4]", "curriculum.updates=[1]", "rollout.problems=4", "eval.problems=8"]
-    job = subprocess.run(
-        [sys.executable, "-m", "tstar_ray.run", "run.name=job", *settings],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert job.returncode == 0, job.stdout + job.stderr
+    go(environment / "bin" / "tstar-ray", "run.name=job", *settings)
     assert json.loads((tmp_path / "runs" / "job" / "result.json").read_text())["updates"] == 1

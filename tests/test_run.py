@@ -1,6 +1,7 @@
 """The whole loop as a user runs it: real processes, Ray, DeepSpeed, math verification, signals."""
 
 import json
+import re
 import socket
 import time
 from itertools import pairwise
@@ -194,6 +195,17 @@ def test_outputs_open_with_plain_tools(full):
     )
     assert set(events.Tags()["images"]) == {"stage/curves", "stage/reveals"}
     assert {"settings/text_summary", "samples/b4/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_the_metrics_page_has_every_number_of_a_run_and_no_other(full):
+    """In metrics.jsonl; what only other runs have is listed here."""
+    written = {key for kind in ("update", "evaluation") for record in records(full[0], kind) for key in record}
+    numbers = {re.sub(r"^eval_b\d+/", "eval_bN/", re.sub(r"^variant/\d+/", "variant/N/", key)) for key in written}
+    numbers = {re.sub(r"^verdict/.*", "verdict/NAME", key) for key in numbers} - {"kind", "update", "time", "stage"}
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().partition("## `step`")[0]
+    told = {key for row in re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE) for key in re.findall(r"`(\S+)`", row)}
+    elsewhere = {"learner/value_loss", "learner/explained_variance"}
+    assert told - elsewhere == numbers
 
 
 def test_a_run_ends_with_a_report_of_itself(full):

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         module="tstar_ray.adapt",
         description=__doc__,
-        settings="docs/adaptation.md",
+        settings="docs/configuration.md",
         interrupted="stopped at once; the newest checkpoint is in the run folder",
         example="train.lr=1e-5",
     )

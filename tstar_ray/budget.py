@@ -13,6 +13,7 @@ from typing import Any
 
 KEYS = ("samples", "trained_samples", "completion_tokens", "learner_tokens", "train_seconds", "rollout_seconds")
 """Completions with a verdict, those trained on, their tokens, tokens of the learner's rows, and seconds."""
+_SPENT = ("update", "collapsed")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -36,10 +37,10 @@ def spent(update: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_budget(path: Path) -> dict[str, float]:
-    """Sums over all updates of a run."""
+    """Sums over all updates of a run, and the batches that it decoded and did not train on, as they had collapsed."""
     total = dict.fromkeys(KEYS, 0.0)
     for record in read_metrics(path):
-        if record["kind"] == "update":
+        if record["kind"] in _SPENT:
             for name, value in spent(record).items():
                 total[name] += value
     return total
@@ -51,7 +52,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     # Evaluations after an update stand before its own record.
     records = sorted(read_metrics(path), key=lambda r: (r["update"], r["kind"] == "evaluation"))
     for record in records:
-        if record["kind"] == "update":
+        if record["kind"] in _SPENT:
             for name, value in spent(record).items():
                 total[name] += value
         elif record["kind"] == "evaluation":

@@ -119,6 +119,8 @@ class Collector:
         self.rollouts, self.rewards = rollouts, rewards
         self._limits, self._seed, self._score_truncated = limits, seed, score_truncated
         self._on_event, self._on_tick = on_event, on_tick
+        self.on_live: Callable[[Mapping[str, int]], None] = lambda live: None
+        """Told of `live` as often."""
         self._served: Published | None = None
         self._batches: list[Batch] = []
         self._numbers = itertools.count()
@@ -133,10 +135,12 @@ class Collector:
 
     @property
     def live(self) -> dict[str, int]:
-        """Gauges of the Ray dashboard: actors that may work, and replaced so far."""
+        """Gauges of the Ray dashboard: actors that may work, those to come, and replaced so far."""
         return {
             "rollout_actors": len(self.rollouts.handles),
             "reward_actors": len(self.rewards.handles),
+            "rollout_actors_starting": self.rollouts.coming,
+            "reward_actors_starting": self.rewards.coming,
             "actor_restarts": self.rollouts.restarts + self.rewards.restarts,
         }
 
@@ -254,6 +258,7 @@ class Collector:
             # Calls of actors that supervision gave up; those of dead ones may never end.
             for ref in [ref for ref, job in jobs.items() if job.actor not in pool.names]:
                 self._reissue(jobs.pop(ref))
+        self.on_live(self.live)
         self._on_tick()
 
     def _reissue(self, job: _Job) -> None:

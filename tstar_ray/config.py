@@ -48,7 +48,7 @@ class RunConfig(Section):
     save_traces: bool = True
     """Write every update's trajectories as Parquet."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where numbers, samples and figures are shown besides the run folder; wandb needs `pip install tstar_ray[wandb]`.
+    """Where numbers, samples and figures are shown besides the run folder; wandb needs `pip install -e '.[wandb]'`.
     """
     report: bool = True
     """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""

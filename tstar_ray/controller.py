@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Controller:
         self._config, self._folder = config, folder
         self._learner, self._collector = learner, collector
         self._reporter, self._metrics = reporter, metrics
+        collector.on_live = self._show_actors
         self._held_out = HeldOut(
             config,
             folder,
@@ -144,9 +145,10 @@ class Controller:
         self._reporter.phase(stage, "rollout")
         with self._metrics.phase("rollout"):
             collection = self._window.consume(stage, self._version)
+        best = self._curriculum.state.best
         health = self._curriculum.observe(accuracy(collection.groups))
         if health == "collapsed":
-            self._roll_back(stage, collection)
+            self._roll_back(stage, collection, best, start)
             return
         if health == "best":
             self._keep_best(stage)
@@ -160,12 +162,7 @@ class Controller:
         evaluated = self._evaluate_during(stage)
         self._record(stage, collection, trainable, report, trained, start)
         if self._curriculum.step(evaluated):
-            self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
-            self._reporter.stage_ended(self._update, stage)
-            self._window.cancel()
-            if not self._curriculum.done:
-                self._enter_stage()
-            self._checkpoint()
+            self._leave_stage(stage)
         elif self._update % self._config.run.checkpoint_every == 0:
             self._checkpoint()
 
@@ -212,6 +209,14 @@ class Controller:
         self._metrics.set("rollout_block_size", stage.rollout_block)
         self._metrics.set("train_block_size", stage.train_block)
 
+    def _leave_stage(self, stage: Stage) -> None:
+        self._reporter.say(f"  stage {self._curriculum.state.history[-1]}")
+        self._reporter.stage_ended(self._update, stage)
+        self._window.cancel()
+        if not self._curriculum.done:
+            self._enter_stage()
+        self._checkpoint()
+
     def _keep_best(self, stage: Stage) -> None:
         """Save the weights at hand, which the batch just consumed has not trained; those that decoded it are up to
         ``max_staleness`` versions older."""
@@ -223,10 +228,9 @@ class Controller:
         if previous and previous != self._best:
             shutil.rmtree(previous)
 
-    def _roll_back(self, stage: Stage, collection: Collection) -> None:
+    def _roll_back(self, stage: Stage, collection: Collection, best: float, start: float) -> None:
         self._window.cancel()
         assert self._best is not None, "a collapse is measured against a best that was saved"
-        best = self._curriculum.state.best
         self._reporter.say(
             f"  stage {stage.name} collapsed to accuracy {accuracy(collection.groups):.3f} "
             f"(best window {best:.3f}); back to its best weights"
@@ -234,8 +238,13 @@ class Controller:
         self._learner.load(self._best)
         self._version += 1
         self._publish()
-        if not self._curriculum.done and self._curriculum.stage is not stage:
-            self._enter_stage()
+        ended = self._curriculum.done or self._curriculum.stage is not stage
+        record = self._numbers(collection, [], None, self._version - 1, start)
+        record = {name: value for name, value in record.items() if not name.startswith("groups/")}
+        # What a checkpoint holds keeps its record, and what is done again after a kill is counted anew.
+        self._reporter.collapsed(self._update + (not ended), stage, record)
+        if ended:
+            self._leave_stage(stage)
 
     def _evaluate_during(self, stage: Stage) -> float | None:
         every = self._config.eval.every
@@ -245,16 +254,15 @@ class Controller:
         evaluation = self._held_out.evaluate(self._update, f"held-out, B={block}", stage, block, count)
         return evaluation.accuracy
 
-    def _record(
+    def _numbers(
         self,
-        stage: Stage,
         collection: Collection,
         trainable: Sequence[Group],
         report: UpdateReport | None,
         version: int,
         start: float,
-    ) -> None:
-        """Numbers of one update to console, TensorBoard, JSONL, the Ray dashboard, and traces to Parquet."""
+    ) -> dict[str, Any]:
+        """Numbers of one batch, which the Ray dashboard gets here."""
         record = update_record(
             collection,
             trainable,
@@ -268,20 +276,34 @@ class Controller:
             seconds=self._metrics.take_seconds() | {"driver_cpu": time.process_time() - self._cpu_s},
         )
         self._cpu_s = time.process_time()
-        record |= {
-            "stage/index": self._curriculum.state.stage,
-            "stage/rollout_block": stage.rollout_block,
-            "stage/train_block": stage.train_block,
-        }
         for gauge, name in DASHBOARD.items():
             self._metrics.set(gauge, record.get(name, 0.0))
-        for gauge, live in self._collector.live.items():
-            self._metrics.set(gauge, live)
         self._metrics.set("learner_restarts", self._learner.restarts)
         self._metrics.set("buffer_depth", self._window.ledger.depth)
         self._metrics.count_groups(self._window.ledger.ended)
         self._metrics.count_verdicts(collection.verdicts)
+        return record
+
+    def _show_actors(self, live: Mapping[str, int]) -> None:
+        for gauge, count in live.items():
+            self._metrics.set(gauge, count)
         self._metrics.count_tokens(self._collector.tokens)
+
+    def _record(
+        self,
+        stage: Stage,
+        collection: Collection,
+        trainable: Sequence[Group],
+        report: UpdateReport | None,
+        version: int,
+        start: float,
+    ) -> None:
+        """Numbers of one update to console, TensorBoard, JSONL, the Ray dashboard, and traces to Parquet."""
+        record = self._numbers(collection, trainable, report, version, start) | {
+            "stage/index": self._curriculum.state.stage,
+            "stage/rollout_block": stage.rollout_block,
+            "stage/train_block": stage.train_block,
+        }
         self._reporter.update(self._update, self._update_total(), stage, record)
         if self._config.run.save_traces:
             write_traces(self._folder / "traces" / f"update-{self._update:05d}.parquet", collection.groups)

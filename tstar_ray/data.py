@@ -153,7 +153,7 @@ def _read_hub(source: str, subset: str, split: str, setting: str) -> Iterable[di
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"{setting}={source}: no such file; to read it as a hub data set run pip install 'tstar-ray[hub]'"
+            f"{setting}={source}: no such file; to read it as a hub data set run pip install -e '.[hub]'"
         ) from error
     try:
         return datasets.load_dataset(source, subset or None, split=split)

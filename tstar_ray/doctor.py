@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tstar_ray.config import ARITHMETIC, EMBEDDED, Config, ConfigError, load_config
+from tstar_ray.machine import Machine, look
 from tstar_ray.memory import (
     PUBLISHED,
     ModelShape,
@@ -37,7 +36,6 @@ from tstar_ray.memory import (
 )
 
 Verdict = Literal["ok", "note", "missing"]
-_CONNECT_S = 60.0
 _IGNORED_EXTRAS = re.compile(r"extra\s*==")
 
 
@@ -53,22 +51,6 @@ class Finding:
     """What is there, and the remedy where it is not enough."""
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is to run on."""
-
-    where: str
-    """This machine, or the cluster."""
-    cpus: float
-    """Cores."""
-    gpus: float
-    """GPUs."""
-    gpu_gib: float | None
-    """Memory of the smallest GPU; None: not known."""
-    host_gib: float | None
-    """Memory of this machine; None: not known."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 nothing is missing, 1 something is, 2 a mistake in the settings."""
     parser = argparse.ArgumentParser(
@@ -77,18 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings of tstar_ray.run")
     parser.add_argument("--gpus", type=float, help="suppose so many GPUs instead of looking")
     parser.add_argument("--gpu-gib", type=float, help="suppose so much memory on each")
-    parser.add_argument("--host-gib", type=float, help="suppose so much memory beside them")
+    parser.add_argument("--host-gib", type=float, help="suppose so much memory beside them, on all nodes together")
     parser.add_argument("--json", action="store_true", help="print findings and needs as JSON")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, over the file's")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.settings)
-        machine, trouble = look(config, arguments.gpus, arguments.gpu_gib, arguments.host_gib)
+        machine, trouble = look(config, gpus=arguments.gpus, gpu_gib=arguments.gpu_gib, host_gib=arguments.host_gib)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shape, findings = find_model(config)
-    findings = [*packages(), *trouble, *findings, *data_files(config), *placement(config, machine)]
+    found = [Finding("missing", "cluster", trouble)] if trouble else []
+    findings = [*packages(), *found, *findings, *data_files(config), *placement(config, machine)]
     needs: dict[str, list[Part]] = {}
     if shape is not None:
         needs = needed(config, shape)
@@ -132,86 +115,6 @@ def packages() -> list[Finding]:
     return [Finding("ok", "packages", f"all {count} are installed within their bounds")]
 
 
-def look(
-    config: Config, gpus: float | None, gpu_gib: float | None, host_gib: float | None
-) -> tuple[Machine, list[Finding]]:
-    """The machine or cluster, with what was supposed in its place."""
-    from cluster.session import ClusterError
-
-    trouble: list[Finding] = []
-    where, cpus, found_gpus = "this machine", float(os.cpu_count() or 1), 0.0
-    found_gib, host = _local_gpus(), _host_gib()
-    if found_gib:
-        found_gpus = float(len(found_gib))
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address and gpus is None:
-        where = f"the cluster at {address}"
-        try:
-            resources = _cluster_resources(config)
-            cpus, found_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        except TimeoutError:
-            trouble.append(Finding("missing", "cluster", f"{where} gives no answer in {_CONNECT_S:g} s"))
-        except ClusterError as error:
-            trouble.append(Finding("missing", "cluster", str(error)))
-    return (
-        Machine(
-            where=where if gpus is None else f"a machine with {gpus:g} GPUs",
-            cpus=cpus if gpus is None else max(cpus, _cpus_asked(config)),
-            gpus=found_gpus if gpus is None else gpus,
-            gpu_gib=gpu_gib or (min(found_gib) if found_gib else None),
-            host_gib=host_gib or (host if gpus is None else None),
-        ),
-        trouble,
-    )
-
-
-def _cluster_resources(config: Config) -> dict[str, float]:
-    """What a running cluster has; raises ClusterError, or TimeoutError where it does not answer."""
-    from cluster.session import connect
-
-    found: list[Any] = []
-
-    def ask() -> None:
-        try:
-            with connect(config.cluster, namespace=f"tstar-doctor-{os.getpid()}") as session:
-                found.append(session.resources)
-        except Exception as error:
-            found.append(error)
-
-    # Ray itself may wait for ever for a cluster that is there and does not answer, or wants another token.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_CONNECT_S)
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
-def _cpus_asked(config: Config) -> float:
-    actors, reward, learner = config.actors, config.reward, config.learner
-    return actors.count * actors.cpus + reward.count * reward.cpus + learner.ranks * learner.cpus
-
-
-def _local_gpus() -> list[float]:
-    """GiB of every GPU that PyTorch sees."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    count = torch.cuda.device_count()
-    return [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(count)]
-
-
-def _host_gib() -> float | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return psutil.virtual_memory().total / 2**30
-
-
 def find_model(config: Config) -> tuple[ModelShape | None, list[Finding]]:
     """Sizes of the model, and whether it can be opened."""
     path = config.model.path
@@ -236,8 +139,8 @@ def find_model(config: Config) -> tuple[ModelShape | None, list[Finding]]:
         inspect_checkpoint(path, mask_token_id=config.model.mask_token_id)
     except ValueError as error:
         return shape, [Finding("missing", what, str(error))]
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        return shape, [Finding("missing", what, f"{folder} holds no weights (*.safetensors)")]
+    if not [*folder.glob("*.safetensors")]:
+        return shape, [Finding("missing", what, f"{folder} holds no weights as safetensors, which alone are read")]
     return shape, [Finding("ok", what, f"{shape.parameters:,} parameters, with tokenizer and mask token")]
 
 
@@ -261,7 +164,7 @@ def data_files(config: Config) -> list[Finding]:
         elif _installed("datasets"):
             found.append(Finding("note", setting, f"{source}: a hub data set; will be downloaded"))
         else:
-            found.append(Finding("missing", setting, f"{source}: a hub data set needs pip install 'tstar-ray[hub]'"))
+            found.append(Finding("missing", setting, f"{source}: a hub data set needs pip install -e '.[hub]'"))
     return found
 
 
@@ -332,10 +235,15 @@ def memory(config: Config, needs: dict[str, list[Part]], machine: Machine) -> li
     what = "memory beside the GPUs" if full else "memory"
     if machine.host_gib is None:
         found.append(Finding("note", what, f"{host:.1f} GiB needed over all nodes"))
-    elif host > machine.host_gib and machine.where == "this machine":
-        found.append(Finding("missing", what, f"{host:.1f} GiB needed, {machine.host_gib:.1f} GiB there"))
+    elif host <= machine.host_gib:
+        found.append(Finding("ok", what, f"{host:.1f} GiB needed, {machine.host_gib:.1f} GiB there"))
     else:
-        found.append(Finding("ok", what, f"{host:.1f} GiB needed, {machine.host_gib:.1f} GiB on this machine"))
+        text = f"{host:.1f} GiB needed over all nodes, {machine.host_gib:.1f} GiB there"
+        if config.cluster.autoscaling:
+            found.append(Finding("note", what, f"{text}; nodes have to join"))
+        else:
+            remedy = "use more or larger nodes, learner.offload=none with more learner.ranks, or fewer actors.count"
+            found.append(Finding("missing", what, f"{text}; {remedy}"))
     return found
 
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         module="tstar_ray.evaluate",
         description=__doc__,
-        settings="docs/evaluation.md",
+        settings="docs/configuration.md",
         interrupted="stopped; the same command goes on with the cells that are left",
         example="grid.blocks=[4,8]",
     )

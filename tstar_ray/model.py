@@ -229,6 +229,7 @@ def load_checkpoint(
             dtype=dtype,
             attn_implementation="block_diffusion",
             output_loading_info=True,
+            use_safetensors=True,  # other formats are pickles, which run what they hold
         )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path}: its weights cannot be read: {error}") from error

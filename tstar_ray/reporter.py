@@ -159,6 +159,10 @@ class Reporter:
         self.say("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS)))
         self._progress.update(self._task, completed=update, total=total)
 
+    def collapsed(self, update: int, stage: Stage, record: Mapping[str, Any]) -> None:
+        """A batch that was decoded and not trained on: for metrics.jsonl only, where budgets count it."""
+        self._write("collapsed", update, {"stage": stage.name, **record})
+
     def evaluation(self, update: int, label: str, evaluation: Evaluation) -> None:
         """One held-out score with its decoding settings."""
         block = evaluation.decoding.block_size
@@ -195,9 +199,12 @@ class Reporter:
         )
         self._recent.clear()
 
-    def _log(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps({"kind": kind, "update": update, "time": time.time(), **values}) + "\n")
         self._metrics.flush()
+
+    def _log(self, kind: str, update: int, values: Mapping[str, Any]) -> None:
+        self._write(kind, update, values)
         scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for tracker in self._trackers:
             tracker.numbers(scalars, update)

@@ -168,6 +168,9 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         for note in placement.notes:
             reporter.say(note)
         reporter.say(f"{'private Ray cluster' if session.private else 'Ray cluster'}{_dashboard(session, folder)}")
+        metrics = stack.enter_context(Metrics(run=folder.name))
+        metrics.set("rollout_actors_starting", config.actors.count)
+        metrics.set("reward_actors_starting", config.reward.count)
         learner, collector = _start_actors(config, folder, placement, stack, reporter)
         controller = Controller(
             config,
@@ -177,7 +180,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
             problems=problems,
             stop_ids=stop_ids,
             reporter=reporter,
-            metrics=Metrics(run=folder.name),
+            metrics=metrics,
         )
         stack.enter_context(StopSignals(controller, reporter.say))
         result = controller.run()

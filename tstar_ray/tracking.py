@@ -87,7 +87,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "run.trackers names wandb, which is not installed; pip install 'tstar_ray[wandb]', or leave it out"
+                "run.trackers names wandb, which is not installed; pip install -e '.[wandb]', or leave it out"
             ) from error
         try:
             self._run = wandb.init(

@@ -208,6 +208,11 @@ def truncate_weights(folder):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def pickle_weights(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def lose_mask(folder):
     edit_config(folder, mask_token_id=None)
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -227,6 +232,7 @@ def lose_mask(folder):
         (drop_weight, "missing model.layers.0.self_attn.q_proj.weight"),
         (poison_weight, "model.norm.weight holds values that are not finite"),
         (truncate_weights, "its weights cannot be read"),
+        (pickle_weights, "no file named model.safetensors"),
     ],
 )
 def test_an_unusable_checkpoint_is_named_with_what_is_wrong(folder, damage, message):

@@ -162,5 +162,5 @@ def test_a_missing_tracker_is_named_with_its_remedy(tmp_path, monkeypatch):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ConfigError, match=r"pip install 'tstar_ray\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
         open_trackers(["tensorboard", "wandb"], tmp_path, {})
