@@ -7,16 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import needs_vllm
 
-from actors.vllm_serving import installed_vllm
 from tstar_ray.traces import read_traces
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(
-        installed_vllm() is None, reason="vLLM is not installed here; ./tstar vllm test ... has an environment with it"
-    ),
-]
+pytestmark = [pytest.mark.cluster, needs_vllm]
 SETTINGS = [
     "actors.engine=vllm",
     "actors.count=2",
