@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.engine import Engine, EngineStats
 from actors.torch_engine import TorchEngine
 from actors.vllm_engine import VllmEngine
-from actors.vllm_serving import Serving
+from actors.vllm_serving import Serving, check_servable
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import Blueprint, inspect_checkpoint, load_checkpoint, pick_device, read_blueprint
@@ -51,6 +51,12 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
         checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb, cache_update=actors.cache_update
     )
     return engine, checkpoint.tokenizer
+
+
+def check_engine(model: ModelConfig, actors: ActorsConfig) -> None:
+    """Raises ValueError with the remedy where the engine that ``actors.engine`` names cannot serve the model."""
+    if actors.engine == "vllm":
+        check_servable(*plan_serving(model, actors))
 
 
 def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:
