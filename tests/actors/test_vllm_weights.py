@@ -79,6 +79,13 @@ def test_trap_31_invariant_8_weights_in_flight(serve, model, policy, ahead):
     assert_same(later, [replace_versions(t, 1) for t in TorchEngine(other).generate(requests, decoding)])
 
 
+def test_a_trainer_is_met_between_two_steps(serve, monkeypatch):
+    engine, closed = serve(), []
+    monkeypatch.setattr(engine._core, "collective_rpc", lambda *_, **__: closed.append(not engine._open.is_set()))
+    engine.join_transfer({})
+    assert closed == [True], "no round begins meanwhile"
+
+
 def test_what_waits_for_its_turn_never_finds_pages_of_older_weights(serve, model):
     """Nor is it marked: of two requests with one prompt the first is under way, and its prompt in the cache."""
     other = make_model(seed=8)
