@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,10 +72,10 @@ def denoise(
         lottery_SB = torch.zeros(masked.shape, device=device)
         lottery_SB.view(-1)[at.dense] = lottery(at.seed, at.position)
     mask_SB = choose(
-        torch.from_numpy(masked).to(device),
+        to_device(masked, device),
         confidence_SB,
         entropy_SB,
-        torch.from_numpy(quota).to(device),
+        to_device(quota, device),
         decoding,
         lottery_SB,
     )
@@ -95,6 +96,12 @@ def _draw(
         found = draw(logits(h), u, decoding)
         parts.append((found.token, found.logprob, found.confidence, found.entropy))
     return tuple(torch.cat(values) for values in zip(*parts))
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for: from pageable memory it would. On CPU the array itself."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def rows_at_once(device: torch.device, vocabulary: int) -> int:

@@ -21,6 +21,9 @@ from tstar_ray.decoding import Decoding
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
 
+UNPROVEN = Proof(-1, "")
+"""Of an engine whose weights are not known, since an update of them failed: older than any that are asked for."""
+
 
 class CancelledError(RuntimeError):
     """What was asked for is no longer wanted."""
@@ -88,6 +91,10 @@ class Engine(Protocol):
     @property
     def stats(self) -> EngineStats:
         """Totals so far."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether a process that it needs is gone, so that it will never decode again."""
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
         """One trajectory a request, in order. The block size may differ between calls."""

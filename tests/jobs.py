@@ -12,8 +12,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-RAY = str(Path(sys.executable).parent / "ray")
+import pytest
 
+from actors.vllm_serving import installed_vllm
+
+needs_vllm = pytest.mark.skipif(
+    installed_vllm() is None and "TSTAR_VLLM" not in os.environ,  # set by ./tstar vllm: there it has to be
+    reason="vLLM is not installed here; ./tstar vllm test ... has an environment with it",
+)
+RAY = str(Path(sys.executable).parent / "ray")
 SMALL = [
     "curriculum.blocks=[4,8]",
     "curriculum.updates=[2,2]",

@@ -119,6 +119,13 @@ def test_what_is_all_kept_needs_no_actors(stopped_and_continued):
     assert tables[0] == tables[1]
 
 
+def test_an_evaluation_that_scores_nothing_fails_in_plain_words_and_leaves_its_logs(tmp_path):
+    output = evaluate(tmp_path / "x", "grid.blocks=[8]", "reward.grader=builtins:len", "actors.count=1", expect=1)
+    assert "no problem could be scored; verdicts {'crashed': 72}" in output
+    assert "Traceback" not in output
+    assert list((tmp_path / "x" / "logs").glob("*/raylet.out")), "a private cluster's logs stay"
+
+
 def test_mistakes_end_at_once(tmp_path):
     assert "no such file" in evaluate(tmp_path / "x", "data=[/nowhere/set.jsonl]", expect=2)
     assert "grid.bloks: unknown setting; did you mean blocks" in evaluate(tmp_path / "x", "grid.bloks=[4]", expect=2)

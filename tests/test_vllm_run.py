@@ -7,16 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import needs_vllm
 
-from actors.vllm_serving import installed_vllm
 from tstar_ray.traces import read_traces
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(
-        installed_vllm() is None, reason="vLLM is not installed here; ./tstar vllm test ... has an environment with it"
-    ),
-]
+pytestmark = [pytest.mark.cluster, needs_vllm]
 SETTINGS = [
     "actors.engine=vllm",
     "actors.count=2",
@@ -33,8 +28,12 @@ SETTINGS = [
 
 
 def run(folder, *settings):
+    return command(folder, "tstar_ray.run", f"run.dir={folder}", "run.name=job", *settings)
+
+
+def command(folder, module, *settings):
     return subprocess.run(
-        [sys.executable, "-m", "tstar_ray.run", f"run.dir={folder}", "run.name=job", *settings],
+        [sys.executable, "-m", module, *settings],
         capture_output=True,
         text=True,
         timeout=900,
@@ -80,7 +79,7 @@ def test_two_vllm_actors_through_several_weight_updates_and_a_stage_change(tmp_p
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("actors.vllm.tensor_parallel=2", "divides the 3 heads and 1 key-value heads"),
+        ("actors.vllm.tensor_parallel=2", "divides the 3 heads, 1 key-value heads"),
         ("actors.vllm.memory_share=0.5", "set actors.cache_gb instead"),
     ],
 )
@@ -88,4 +87,23 @@ def test_what_cannot_be_served_ends_the_run_before_it_begins(tmp_path, setting, 
     job = run(tmp_path, *SETTINGS, setting)
     assert job.returncode == 2
     assert told in job.stderr
+    assert "Traceback" not in job.stderr
+
+
+EVALUATION = ["data=[{source: arithmetic, limit: 8}]", "grid.blocks=[4,8]", "actors.count=1", "actors.engine=vllm"]
+
+
+def test_an_evaluation_at_several_block_sizes(tmp_path):
+    """Every cell is scored: vLLM is started for the largest of them."""
+    job = command(tmp_path, "tstar_ray.evaluate", "folder=e", *EVALUATION, "cluster.start_timeout_s=600")
+    assert job.returncode == 0, job.stdout + job.stderr
+    cells = json.loads((tmp_path / "e" / "results.json").read_text())["cells"]
+    assert [cell["cell"]["decoding"]["block_size"] for cell in cells] == [4, 8]
+    assert [cell["problems"] for cell in cells] == [8, 8]
+
+
+def test_an_evaluation_that_vllm_cannot_serve_ends_before_it_begins(tmp_path):
+    job = command(tmp_path, "tstar_ray.evaluate", "folder=e", *EVALUATION, "actors.vllm.tensor_parallel=2")
+    assert job.returncode == 2
+    assert "divides the 3 heads, 1 key-value heads" in job.stderr
     assert "Traceback" not in job.stderr

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from tstar_ray.run import main
+from tstar_ray import evaluate, run
 
 ROW = '{"question": "1+1", "answer": "2"}\n'
 
@@ -32,8 +32,10 @@ def place(tmp_path_factory):
         ("held", "config.yaml", "{}"),
         ("held", "metrics.jsonl", '{"kind": "evaluation"}'),
         ("gpt2", "config.json", json.dumps({"model_type": "gpt2"})),
+        ("run", "config.yaml", "{data: {train: train.jsonl}}"),
+        ("run/final", "config.json", "{}"),
     ]:
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / file).write_text(content)
     (folder / "nothing").mkdir()
     return folder
@@ -66,6 +68,14 @@ MISTAKES = [
     ),
     ("learner.steps_per_update=4096", "learner.steps_per_update=4096 exceeds the 512 samples of an update"),
     ("data.prompt=hello", "data.prompt='hello': needs the placeholder {question}"),
+    (
+        "actors.engine=vllm actors.vllm.max_block=8",
+        "actors.vllm.max_block=8 is below the largest block of 16 that is decoded; raise it, or leave it at 0",
+    ),
+    (
+        "actors.engine=vllm actors.vllm.max_tokens=999",
+        "actors.vllm.max_tokens=999 is below the 1120 of data.max_prompt_tokens and rollout.max_new_tokens together",
+    ),
     ("actors.labels=H100", "actors.labels='H100': input should be a valid dictionary"),
     # folders
     ("run.name=a/b", "run.name='a/b': use letters, digits, dot, dash and underscore only, at most 100"),
@@ -102,7 +112,34 @@ def test_a_mistake_is_named_with_its_remedy(place, tmp_path, capsys, given, told
     settings = [word.replace("P/", f"{place}/").replace("=P", f"={place}") for word in shlex.split(given)]
     defaults = {"run.dir": str(tmp_path), "run.name": "new"}
     settings += [f"{key}={value}" for key, value in defaults.items() if not any(s.startswith(key) for s in settings)]
-    assert main(settings) == 2
+    assert run.main(settings) == 2
+    assert_named(place, capsys, told)
+
+
+OF_EVALUATIONS = [
+    ("grid.tokens_per_step=[0]", "grid.tokens_per_step.0=0: input should be greater than or equal to 1"),
+    ("grid.thresholds=[90]", "grid.thresholds.0=90: input should be less than or equal to 1"),
+    ("grid.entropy_bounds=[0]", "grid.entropy_bounds.0=0: input should be greater than 0"),
+    ("grid.blocks=[0]", "grid.blocks.0=0: input should be greater than or equal to 1"),
+    ("grid.blocks=[128]", "grid.max_new_tokens=96 cannot hold a block of 128"),
+    ('"data=[{source: arithmetic, prompt: hello}]"', "data.0.prompt='hello': needs the placeholder {question}"),
+    (
+        "actors.engine=vllm actors.vllm.max_block=4",
+        "actors.vllm.max_block=4 is below the largest block of 16 that is decoded",
+    ),
+    ("model.path=P/run", "data.eval is empty, and only the run knows the part of train.jsonl it holds out"),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), OF_EVALUATIONS, ids=[given for given, _ in OF_EVALUATIONS])
+def test_a_mistake_in_an_evaluation_is_named_with_its_remedy(place, tmp_path, capsys, given, told):
+    settings = [word.replace("P/", f"{place}/") for word in shlex.split(given)]
+    assert evaluate.main([f"folder={tmp_path / 'new'}", *settings]) == 2
+    assert_named(place, capsys, told)
+    assert not any(tmp_path.iterdir())
+
+
+def assert_named(place, capsys, told):
     message = capsys.readouterr().err.replace(str(place), "P")
     assert message.startswith("error: ")
     assert told in message
@@ -112,5 +149,5 @@ def test_a_mistake_is_named_with_its_remedy(place, tmp_path, capsys, given, told
 def test_the_same_mistake_in_a_file_is_named_the_same_way(place, capsys):
     path = place / "settings.yaml"
     path.write_text(yaml.safe_dump({"rollout": {"problem": 3}}))
-    assert main(["--config", str(path)]) == 2
+    assert run.main(["--config", str(path)]) == 2
     assert "rollout.problem: unknown setting; did you mean problems?" in capsys.readouterr().err

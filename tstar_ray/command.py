@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tstar_ray.claim import recorded_settings
-from tstar_ray.config_base import ConfigError, Section
+from tstar_ray.config_base import ConfigError, Section, WorkError
 from tstar_ray.settings import load_settings, to_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -27,7 +27,8 @@ def run_command(
     interrupted: str,
     example: str,
 ) -> int:
-    """Parse, load, and launch; returns the exit code: that of ``launch``, 2 for a mistake, 130 for Ctrl-C or SIGTERM.
+    """Parse, load, and launch; returns the exit code: that of ``launch``, 1 for failed work (`WorkError`), 2 for a
+    mistake, 130 for Ctrl-C or SIGTERM.
 
     ``settings`` says where the settings are described, ``interrupted`` what is left after Ctrl-C, and ``example`` is
     the setting that an error message shows.
@@ -54,6 +55,9 @@ def run_command(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

@@ -8,12 +8,13 @@ key, the value and what is allowed. The defaults are the embedded run: T* from B
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tstar_ray.config_base import ConfigError as ConfigError
 from tstar_ray.config_base import Section
@@ -65,11 +66,26 @@ class ModelConfig(Section):
     """The policy."""
 
     path: str = EMBEDDED
-    """`embedded`, a local checkpoint folder, or a hub name such as JetLM/SDAR-4B-Chat."""
+    """`embedded`, a local checkpoint folder (made absolute), or a hub name such as JetLM/SDAR-4B-Chat."""
     mask_token_id: int | None = Field(None, ge=0)
     """Mask token; None: from the checkpoint's config or tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights in rollouts and training; auto: float32 on CPU, bfloat16 on GPU."""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        # Actors that join a running cluster work in another folder.
+        return os.path.abspath(path) if path not in ("", EMBEDDED) and os.path.isdir(path) else path
+
+
+def _has_placeholder(prompt: str) -> str:
+    if prompt and "{question}" not in prompt:
+        raise ValueError("needs the placeholder {question}")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_has_placeholder)]
 
 
 class DataConfig(Section):
@@ -91,20 +107,13 @@ class DataConfig(Section):
     """Column with the final answer."""
     answer_after: str = "####"
     """Where the answer column holds the working too: the answer is what follows the last of these marks."""
-    prompt: str = ""
+    prompt: Prompt = ""
     """Prompt with a {question} placeholder; empty: the bare question for `arithmetic`, else a request to reason
     step by step and box the answer. The tokenizer's chat template is applied around it where it has one."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are left out, and counted."""
     limit: int = Field(0, ge=0)
     """Use only the first so many training problems; 0: all."""
-
-    @field_validator("prompt")
-    @classmethod
-    def _has_placeholder(cls, prompt: str) -> str:
-        if prompt and "{question}" not in prompt:
-            raise ValueError("needs the placeholder {question}")
-        return prompt
 
 
 class VariantConfig(Section):
@@ -290,13 +299,31 @@ class Config(Section):
     @property
     def served_actors(self) -> ActorsConfig:
         """``actors`` with the block size and length that vLLM must be started for filled in."""
-        vllm, stages = self.actors.vllm, self.curriculum.resolve()
-        largest = max(*(stage.rollout_block for stage in stages), *self.eval_blocks)
-        filled = {
-            "max_block": vllm.max_block or largest,
-            "max_tokens": vllm.max_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens,
-        }
+        vllm, (block, tokens) = self.actors.vllm, self._longest
+        filled = {"max_block": vllm.max_block or block, "max_tokens": vllm.max_tokens or tokens}
         return self.actors.model_copy(update={"vllm": vllm.model_copy(update=filled)})
+
+    @property
+    def _longest(self) -> tuple[int, int]:
+        """Largest block size and longest sequence that is decoded."""
+        blocks = (*(stage.rollout_block for stage in self.curriculum.resolve()), *self.eval_blocks)
+        return max(blocks), self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _vllm_holds_all(self) -> Self:
+        if self.actors.engine == "vllm":
+            vllm, (block, tokens) = self.actors.vllm, self._longest
+            if 0 < vllm.max_block < block:
+                raise ValueError(
+                    f"actors.vllm.max_block={vllm.max_block} is below the largest block of {block} that is decoded; "
+                    "raise it, or leave it at 0"
+                )
+            if 0 < vllm.max_tokens < tokens:
+                raise ValueError(
+                    f"actors.vllm.max_tokens={vllm.max_tokens} is below the {tokens} of data.max_prompt_tokens and "
+                    "rollout.max_new_tokens together; raise it, leave it at 0, or lower one of them"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

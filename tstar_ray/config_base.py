@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be used, with the remedy; shown to the user without a traceback."""
 
 
+class WorkError(RuntimeError):
+    """Work that came to nothing or went wrong, though its settings can be used; shown without a traceback."""
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 

@@ -6,7 +6,7 @@ data sets x block sizes x strategies (x thresholds, tokens per step or bounds) x
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,9 +19,12 @@ from tstar_ray.config import (
     ConfigError,
     DataConfig,
     ModelConfig,
+    Prompt,
     RewardConfig,
+    load_config,
 )
 from tstar_ray.config_base import Section
+from tstar_ray.settings import validated
 
 PRESETS: dict[str, dict[str, Any]] = {
     ARITHMETIC: {"source": ARITHMETIC},
@@ -49,7 +52,7 @@ class DataSet(Section):
     """Column with the final answer."""
     answer_after: str = "####"
     """Where the answer column holds the working too: the answer is what follows the last of these marks."""
-    prompt: str = ""
+    prompt: Prompt = ""
     """Prompt with a {question} placeholder; empty: the bare question for `arithmetic`, else a request to reason step by
     step and box the answer."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -80,16 +83,16 @@ class DataSet(Section):
 class GridConfig(Section):
     """How each problem is decoded: every combination is a cell with a score of its own."""
 
-    blocks: tuple[int, ...] = (4, 8, 16)
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = (4, 8, 16)
     """Block sizes. 1 decodes as an autoregressive model does; one that holds prompt and answer is full-sequence masked
     diffusion."""
     strategies: tuple[Literal["dynamic", "static", "sequential", "entropy"], ...] = ("dynamic",)
     """Unmasking strategies."""
-    thresholds: tuple[float, ...] = (0.9,)
+    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.9,)
     """`dynamic`: confidences above which tokens are revealed."""
-    tokens_per_step: tuple[int, ...] = (1,)
+    tokens_per_step: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     """`static` and `sequential`: tokens a step; those beyond the block size are left out."""
-    entropy_bounds: tuple[float, ...] = (0.35,)
+    entropy_bounds: tuple[Annotated[float, Field(gt=0)], ...] = (0.35,)
     """`entropy`: bounds in nats."""
     orders: tuple[Literal["learned", "left_to_right", "random", "sub_blocks"], ...] = ("learned",)
     """Reveal orders; all but `learned` force the positions and leave their number to the strategy (ablation of the
@@ -116,8 +119,6 @@ class GridConfig(Section):
         for name in ("blocks", "strategies", "orders"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=[]; name at least one")
-        if min(self.blocks) < 1:
-            raise ValueError(f"blocks={list(self.blocks)}: must be at least 1")
         if self.max_new_tokens < max(self.blocks):
             raise ValueError(f"max_new_tokens={self.max_new_tokens} cannot hold a block of {max(self.blocks)}")
         if self.samples > 1 and self.temperature == 0:
@@ -142,6 +143,32 @@ class EvaluateConfig(Section):
     save_traces: bool = True
     """Keep every trajectory as Parquet, for `tstar_ray.analyze` and the trace viewer."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_run(cls, values: Any) -> Any:
+        """What is not given of data and grid is that of the run, where the model is a run folder."""
+        model, grid = (values.get(name) or {} for name in ("model", "grid"))
+        if not (isinstance(model, dict) and isinstance(grid, dict)):
+            return values
+        folder = Path(model.get("path") or "")
+        if not (_is_run(folder) and (folder / "config.yaml").is_file()):
+            return values
+        try:
+            run = load_config(folder / "config.yaml")
+        except ConfigError:  # of `adapt`, or of another version
+            return values
+        own = {
+            "blocks": run.eval_blocks,
+            "strategies": (run.curriculum.strategy,),
+            "thresholds": (run.curriculum.threshold,),
+            "entropy_bounds": (run.rollout.entropy_bound,),
+            "max_new_tokens": run.rollout.max_new_tokens,
+            "temperature": run.eval.temperature,
+            "confidence": run.rollout.confidence,
+        }
+        data = values["data"] if "data" in values else (held_out_set(run),)
+        return values | {"data": data, "grid": own | grid}
+
     @field_validator("data", mode="before")
     @classmethod
     def _names(cls, data: Any) -> Any:
@@ -163,7 +190,7 @@ class EvaluateConfig(Section):
     def model_folder(self) -> str:
         """The checkpoint; a run folder stands for its trained model."""
         path = Path(self.model.path)
-        return str(path / "final") if (path / "final" / "config.json").is_file() else self.model.path
+        return str(path / "final") if _is_run(path) else self.model.path
 
     def resolve_folder(self) -> Path:
         """Where results go."""
@@ -174,25 +201,25 @@ class EvaluateConfig(Section):
         return (Path("evaluations") / name).resolve()
 
     def as_run(self) -> Config:
-        """The settings that placement and actors read; there is no learner."""
+        """The settings that placement and actors read; there is no learner. Raises ConfigError."""
         gpus, grid = self.actors.gpus, self.grid
         dtype = self.model.dtype if self.model.dtype != "auto" else ("bfloat16" if gpus else "float32")
-        try:
-            return Config.model_validate(
-                {
-                    "run": {"seed": grid.seed},
-                    "model": self.model.model_dump() | {"path": self.model_folder, "dtype": dtype},
-                    # Units small enough that engines stay filled.
-                    "rollout": {"max_new_tokens": grid.max_new_tokens, "max_staleness": 1},
-                    "actors": self.actors.model_dump(),
-                    "reward": self.reward.model_dump(),
-                    "learner": {"gpus": gpus},
-                    "curriculum": {"blocks": (min(grid.blocks),), "updates": (1,)},
-                    "cluster": self.cluster.model_dump(),
-                }
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        return validated(
+            Config,
+            {
+                "run": {"seed": grid.seed},
+                "model": self.model.model_dump() | {"path": self.model_folder, "dtype": dtype},
+                "data": {"max_prompt_tokens": max(data.max_prompt_tokens for data in self.data)},
+                # Units small enough that engines stay filled.
+                "rollout": {"max_new_tokens": grid.max_new_tokens, "max_staleness": 1},
+                "actors": self.actors.model_dump(),
+                "reward": self.reward.model_dump(),
+                "learner": {"gpus": gpus},
+                "curriculum": {"blocks": (min(grid.blocks),), "updates": (1,)},
+                "eval": {"blocks": grid.blocks},
+                "cluster": self.cluster.model_dump(),
+            },
+        )
 
 
 def held_out_set(run: Config) -> DataSet:
@@ -215,6 +242,10 @@ def held_out_set(run: Config) -> DataSet:
         max_prompt_tokens=data.max_prompt_tokens,
         limit=run.eval.problems,
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "final" / "config.json").is_file()
 
 
 def _data_set(name: str) -> dict[str, Any]:

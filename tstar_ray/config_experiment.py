@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,7 @@ class ExperimentConfig(Section):
     """What is compared, in the order of the tables."""
     reference: str = ""
     """Arm whose score at the smallest block others are measured against; empty: the first decode_only arm."""
-    thresholds: tuple[float, ...] = ()
+    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     """Confidence thresholds at which every trained model, and the start model, is decoded once more at all of
     eval.blocks: curves of accuracy over tokens per forward. Empty: only as the runs decode."""
     parallel: int = Field(1, ge=1)

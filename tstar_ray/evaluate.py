@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -89,7 +90,8 @@ def summarise(groups: Sequence[Group], decoding: Decoding, *, unscored: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped; finished cells are kept."""
+    """Exit code: 0 done, 1 nothing could be scored, 2 a mistake in settings or surroundings, 130 stopped; finished
+    cells are kept."""
     return run_command(
         EvaluateConfig,
         launch,
@@ -117,8 +119,9 @@ def launch(config: EvaluateConfig) -> int:
 def evaluate(config: EvaluateConfig) -> list[CellResult]:
     """Score every cell of a grid, print the table, write results.json and results.parquet; returns the results.
 
-    Raises ConfigError and ClusterError.
+    Raises ConfigError, ClusterError, and WorkError where a cell has no score.
     """
+    from actors.rollout import check_engine
     from cluster.placement import plan
     from cluster.session import connect
     from cluster.weights import ObjectStoreTransport
@@ -131,6 +134,7 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     run, folder = config.as_run(), config.resolve_folder()
     try:
         tokenizer, stop_ids = inspect_checkpoint(run.model.path, mask_token_id=run.model.mask_token_id)
+        check_engine(run.model, run.served_actors)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     view = EvaluationView()
@@ -156,7 +160,10 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
         results = measure(_nothing_left)
     else:
         with ExitStack() as stack:
-            session = stack.enter_context(connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}"))
+            logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+            session = stack.enter_context(
+                connect(config.cluster, namespace=f"tstar-eval-{folder.name}-{os.getpid()}", logs=logs)
+            )
             placement = plan(run, session.resources, with_learner=False)
             published = ObjectStoreTransport().publish(flat, 0)
             del flat

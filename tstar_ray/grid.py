@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from tstar_ray import arithmetic
 from tstar_ray.collection import Collection
 from tstar_ray.config import ARITHMETIC, ConfigError
+from tstar_ray.config_base import WorkError
 from tstar_ray.config_evaluate import DataSet, EvaluateConfig, GridConfig
 from tstar_ray.data import PromptedProblem, encode_prompt, load_problems
 from tstar_ray.decoding import Decoding
@@ -211,9 +212,9 @@ class Store:
 
 
 def score(key: str, cell: Cell, collection: Collection, *, model: str, checksum: str, problems: int) -> CellResult:
-    """Sum up what was collected for one cell. Raises RuntimeError when no problem has its verdicts."""
+    """Sum up what was collected for one cell. Raises WorkError when no problem has its verdicts."""
     if not collection.groups:
-        raise RuntimeError(f"{cell.label}: no problem could be scored; verdicts {dict(collection.verdicts)}")
+        raise WorkError(f"{cell.label}: no problem could be scored; verdicts {dict(collection.verdicts)}")
     correct = [sum(s.verdict == "correct" for s in group.samples) for group in collection.groups]
     trajectories = [s.trajectory for group in collection.groups for s in group.samples]
     low, high = clustered_interval([c / cell.samples for c in correct], cell.samples)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from cluster.metrics import Metrics
 from learner.group import LearnerGroup
+from tstar_ray.collection import Collection
 from tstar_ray.collector import Collector
 from tstar_ray.config import Config, Stage
+from tstar_ray.config_base import WorkError
 from tstar_ray.data import PromptedProblem
 from tstar_ray.evaluate import Evaluation, summarise
 from tstar_ray.reporter import Reporter
 from tstar_ray.stage_settings import stage_decoding
 from tstar_ray.traces import write_traces
-from tstar_ray.trajectory import Group
 
 REPLAY_TOLERANCE = 1e-3
 """Largest replay error (nats) in fp32; the tests hold 1e-5, real models have more layers and terms."""
@@ -45,7 +46,7 @@ class HeldOut:
 
     def table(self, update: int, label: str) -> list[Evaluation]:
         """One evaluation at each block size, each followed by a replay of some of its trajectories in the learner.
-        Raises RuntimeError where engine and learner disagree."""
+        Raises WorkError where engine and learner disagree, or nothing could be scored."""
         evaluations = []
         for block in self._config.eval_blocks:
             self._reporter.phase(None, f"evaluating the {label} at B={block}")
@@ -56,7 +57,7 @@ class HeldOut:
 
     def _score(
         self, update: int, label: str, stage: Stage | None, block: int, count: int
-    ) -> tuple[Evaluation, list[Group]]:
+    ) -> tuple[Evaluation, Collection]:
         decoding = stage_decoding(
             self._config, stage, block, temperature=self._config.eval.temperature, stop_ids=self._stop_ids
         )
@@ -68,14 +69,17 @@ class HeldOut:
         evaluation = summarise(found.groups, decoding, unscored=len(found.failed))
         self._reporter.evaluation(update, label, evaluation)
         self._reporter.samples(update, found.groups)
-        return evaluation, found.groups
+        return evaluation, found
 
-    def _check_replay(self, groups: Sequence[Group], block: int) -> None:
+    def _check_replay(self, found: Collection, block: int) -> None:
+        groups = found.groups
+        if not groups:
+            raise WorkError(f"evaluation at B={block}: no problem could be scored; verdicts {dict(found.verdicts)}")
         error = self._learner.replay_error([g.samples[0].trajectory for g in groups[:_REPLAYED]])
         if self._config.learner.gpus == 0 and not error <= REPLAY_TOLERANCE:
             kept = self._folder / "failed" / f"replay-b{block}.parquet"
             write_traces(kept, groups)
-            raise RuntimeError(
+            raise WorkError(
                 f"replaying rollouts in the learner misses their log-probs by up to {error:.2e} nats at B={block} "
                 f"(tolerance {REPLAY_TOLERANCE:g}): engine and learner disagree, training would be wrong; the "
                 f"trajectories are kept in {kept}"

@@ -29,7 +29,8 @@ from tstar_ray.signals import StopSignals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a mistake in settings or surroundings, 130 stopped by a signal."""
+    """Exit code: 0 done, 1 nothing could be scored or the engine failed its check, 2 a mistake in settings or
+    surroundings, 130 stopped by a signal."""
     return run_command(
         Config,
         launch,
@@ -136,6 +137,7 @@ def replay_update(config: Config, traces: Path) -> int:
 
 def _run(config: Config, folder: Path, reporter: Any) -> Any:
     """Look at model and data, then cluster, actors, controller."""
+    from actors.rollout import check_engine
     from cluster.metrics import Metrics
     from cluster.placement import plan
     from cluster.session import connect
@@ -146,11 +148,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
 
     try:
         tokenizer, stop_ids = inspect_checkpoint(config.model.path, mask_token_id=config.model.mask_token_id)
-        if config.actors.engine == "vllm":
-            from actors.rollout import plan_serving
-            from actors.vllm_serving import check_servable
-
-            check_servable(*plan_serving(config.model, config.served_actors))
+        check_engine(config.model, config.served_actors)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     reporter.decode = decoder(tokenizer)

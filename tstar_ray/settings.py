@@ -52,6 +52,11 @@ def load_settings(
             values = OmegaConf.to_container(OmegaConf.merge(_load(lower, str(lower)), merged), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings cannot be merged: {error}") from error
+    return validated(section, values)
+
+
+def validated(section: type[T], values: Any) -> T:
+    """The section with these values; raises ConfigError."""
     try:
         return section.model_validate(values)
     except ValidationError as error:

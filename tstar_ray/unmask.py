@@ -22,7 +22,9 @@ _LOTTERY_STEP = -1
 _PIECE = 128
 """Vocabulary entries summed together when a token is looked up."""
 _WIDE_PIECE = 2**14
-"""Vocabulary entries turned to fp32 together."""
+"""Vocabulary entries of all rows turned to fp32 together."""
+_ENTRIES = 2**22
+"""Entries of whole rows turned to fp32 together."""
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
     temperature = decoding.temperature
     entropy = torch.zeros_like(uniform)
     if decoding.strategy == "entropy":
-        logits = logits.float()
-        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+        entropy = _entropy(logits)
     if temperature == 0:
         token = logits.argmax(dim=-1)
         logprob = _pick(logits, token).float() - _logsumexp(logits)
@@ -94,6 +95,12 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
     logprob = chosen - total.log()
     confidence = logprob if norm is None else chosen * temperature + top - norm
     return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """[M, V] -> fp32 [M], a few rows at a time."""
+    parts = logits.split(max(1, _ENTRIES // logits.shape[-1]))
+    return torch.cat([torch.special.entr(torch.softmax(part.float(), dim=-1)).sum(dim=-1) for part in parts])
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from learner.credit import is_trainable
 from tstar_ray.collection import Collection
 from tstar_ray.collector import Batch, Collector
 from tstar_ray.config import Config, Stage
+from tstar_ray.config_base import WorkError
 from tstar_ray.data import ProblemStream, PromptedProblem
 from tstar_ray.ledger import Ledger
 from tstar_ray.record import staleness
@@ -113,13 +114,13 @@ class Window:
             self._dispatch(stage, pending, missing)
 
     def consume(self, stage: Stage, version: int) -> Collection:
-        """Wait for the oldest batch, for a learner at ``version``; it stays until `leave`. Raises RuntimeError where
+        """Wait for the oldest batch, for a learner at ``version``; it stays until `leave`. Raises WorkError where
         none of its groups could be scored."""
         batch = self._pending[0].batch
         assert batch is not None
         collection = self._collector.finish(batch)
         if not collection.groups:
-            raise RuntimeError(
+            raise WorkError(
                 f"all {len(collection.failed)} groups of an update failed: no sample could be scored; "
                 f"verdicts {dict(collection.verdicts)}"
             )

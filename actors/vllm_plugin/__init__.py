@@ -20,6 +20,7 @@ Everything here is loaded by vLLM in all of its processes; importing this module
 
 from __future__ import annotations
 
+import logging
 import os
 
 VERSION = "0.32.0"
@@ -31,7 +32,17 @@ MODEL_TYPES = ("qwen3", "sdar")
 
 
 def register() -> None:
-    """Entry point of the group ``vllm.general_plugins``; may be called more than once in a process."""
+    """Entry point of the group ``vllm.general_plugins``; may be called more than once in a process.
+
+    Every vLLM process of the environment comes here: beside another version nothing is touched, and a warning says so.
+    """
+    import vllm
+
+    if vllm.__version__.split("+")[0] != VERSION:
+        logging.getLogger(__name__).warning(
+            "tstar_ray's plugin is for vLLM %s and stays out of %s", VERSION, vllm.__version__
+        )
+        return
     from transformers import AutoConfig, Qwen3Config
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer.factory import (

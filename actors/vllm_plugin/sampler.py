@@ -3,8 +3,8 @@
     hidden states ──► masked rows only ──► LM head ──► draw ──► choose ──► canvas, step map, log-probs
                   └─► finished canvases: emit tokens and trace, begin the next block
 
-Who is masked is known on the host (`Canvases.settle`), so that the LM head runs on masked rows alone, on none of a
-commit, and nothing here waits for the device.
+Who is masked is known on the host (`Canvases.settle`, the one wait), so that the LM head runs on masked rows alone and
+on none of a commit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from actors.denoise import Positions, denoise, rows_at_once
-from actors.vllm_plugin.state import Canvases, to_device
+from actors.denoise import Positions, denoise, rows_at_once, to_device
+from actors.vllm_plugin.state import Canvases
 from tstar_ray.decoding import Decoding
 
 

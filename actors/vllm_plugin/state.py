@@ -6,7 +6,8 @@
 prompt is cut into blocks, each a *virtual request* of its own, with the same pages and a length that ends with it.
 
 **What is masked** is known on the host, one step late: the sampler copies what it revealed without waiting, and the
-next step reads it (`settle`). By then the copy is done, so that a step costs no wait of its own.
+next step's sampler reads it (`settle`), after that step's forward pass was launched. That is the plugin's only wait for
+the device; where steps are not scheduled ahead, vLLM has waited for the same step before.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from actors.denoise import to_device
 from actors.vllm_plugin.wire import Job
 from tstar_ray.decoding import Decoding
 
@@ -64,8 +65,8 @@ class Canvases:
         self._revealed: tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor, Any] | None = None
 
     def admit(self, slot: int, job: Job) -> None:
-        """A request takes a slot; its first block begins once its prompt is read."""
-        self.settle()
+        """A request takes a slot; its first block begins once its prompt is read. What a request before it has revealed
+        in the step under way changes nothing here: until then no position is masked."""
         if job.decoding not in self.rules:
             self.rules.append(job.decoding)
         self.masked[slot] = False
@@ -110,11 +111,6 @@ class Canvases:
         self._revealed = None
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Without waiting for the device."""
-    return async_tensor_h2d(np.ascontiguousarray(array), device=device)
-
-
 class BlockDiffusionState(DefaultModelState):
     """vLLM's hook for what is special about a model."""
 
@@ -148,7 +144,6 @@ class BlockDiffusionState(DefaultModelState):
         super().remove_request(req_id)
         slot = self._slots.pop(req_id, None)
         if slot is not None:
-            self.canvases.settle()
             self.canvases.fields["used"][slot] = False
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:

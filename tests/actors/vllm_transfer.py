@@ -1,4 +1,4 @@
-"""A trainer broadcasts weights to an engine in another process; run by test_vllm_engine.py.
+"""A trainer broadcasts weights to an engine in another process; run by test_vllm_weights.py.
 
 this process: model, GlooSender ──gloo──► child process: VllmEngine, with a sequence under way
 """

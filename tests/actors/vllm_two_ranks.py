@@ -1,12 +1,15 @@
-"""Two ranks share the model over gloo, against the PyTorch engine; run by test_vllm_engine.py."""
+"""Two ranks share the model over gloo, against the PyTorch engine, until one is killed; run by test_vllm_weights.py."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 
 import torch
 from synthetic import make_model, make_requests
 
+from actors.rollout import RolloutWorker
 from actors.torch_engine import TorchEngine
 from actors.vllm_engine import VllmEngine
 from actors.vllm_serving import Serving
@@ -45,8 +48,16 @@ def main(path):
     in_flight = {int(v) for t in stream for v in t.weight_versions} == {0, 1}
     checksums &= (proof.version, proof.checksum) == (1, checksum(flatten(other)))
     updated = all(same(engine.generate(requests, d), TorchEngine(other).generate(requests, d)) for d in asked)
-    engine.close()
-    print(json.dumps({"checksums": checksums, "tokens": tokens, "updated": updated, "in_flight": in_flight}))
+    alive = not engine.broken
+    found = {"checksums": checksums, "tokens": tokens, "updated": updated, "in_flight": in_flight, "alive": alive}
+    print(json.dumps(found), flush=True)
+    worker = RolloutWorker(0, None, None, threads=1, weights=None)
+    worker._engine = engine
+    os.kill(engine._core.engine_core.model_executor.workers[1].proc.pid, signal.SIGKILL)
+    try:
+        worker.generate(requests, asked[0], 1)
+    finally:
+        print("null", flush=True)  # nothing comes here
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from synthetic import MASK_ID, make_model, make_trajectory
 from actors.torch_engine import TorchEngine
 from tstar_ray.collection import Collection
 from tstar_ray.collector import sample_seed
-from tstar_ray.config import ConfigError, load_settings
+from tstar_ray.config import ConfigError, load_config, load_settings
 from tstar_ray.config_evaluate import DataSet, EvaluateConfig
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding
@@ -318,11 +318,38 @@ def test_data_sets_by_name_file_and_mapping():
     assert DataSet(source="arithmetic").template == "{question}"
 
 
-def test_a_run_folder_stands_for_its_trained_model(tmp_path):
+def test_a_run_folder_stands_for_its_trained_model(tmp_path, monkeypatch):
     (tmp_path / "run7" / "final").mkdir(parents=True)
     (tmp_path / "run7" / "final" / "config.json").write_text("{}")
-    config = load_settings(EvaluateConfig, None, [f"model.path={tmp_path / 'run7'}"])
-    assert config.model_folder == str(tmp_path / "run7" / "final")
+    monkeypatch.chdir(tmp_path)
+    config = load_settings(EvaluateConfig, None, ["model.path=run7"])
+    assert config.model_folder == str(tmp_path / "run7" / "final"), "actors may work in another folder"
     assert config.resolve_folder().name == "run7"
     assert config.as_run().model.dtype == "float32"
     assert load_settings(EvaluateConfig, None, ["actors.gpus=1"]).as_run().model.dtype == "bfloat16"
+
+
+def test_a_run_folder_is_evaluated_as_its_run_was_where_nothing_else_is_given(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    settings = [
+        "curriculum.blocks=[2,6]",
+        "curriculum.updates=[3]",
+        "curriculum.threshold=0.7",
+        "rollout.max_new_tokens=60",
+        "eval.problems=9",
+    ]
+    run = load_config(None, [*settings, "data.train=t.jsonl", "data.eval=e.jsonl", "data.prompt=Q {question}"])
+    (tmp_path / "config.yaml").write_text(run.to_yaml())
+    found = load_settings(EvaluateConfig, None, [f"model.path={tmp_path}", "grid.blocks=[12]", "grid.samples=1"])
+    (data,), grid = found.data, found.grid
+    assert (data.source, data.template, data.limit) == ("e.jsonl", "Q {question}", 9)
+    assert (grid.blocks, grid.thresholds, grid.max_new_tokens) == ((12,), (0.7,), 60)
+    found = load_settings(EvaluateConfig, None, [f"model.path={tmp_path}", "data=gsm8k"])
+    assert (found.data[0].label, found.grid.blocks) == ("gsm8k", (2, 6))
+
+
+def test_vllm_is_started_for_the_largest_block_and_the_longest_prompt_of_the_grid():
+    data = "data=[arithmetic,{source: s.jsonl, max_prompt_tokens: 3000}]"
+    served = load_settings(EvaluateConfig, None, ["actors.engine=vllm", data]).as_run().served_actors.vllm
+    assert (served.max_block, served.max_tokens) == (16, 3096)

@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 
-from tstar_ray.config import ConfigError, load_config
+from tstar_ray.config import ConfigError, load_config, load_settings
 from tstar_ray.config_evaluate import held_out_set
+from tstar_ray.config_experiment import ExperimentConfig
 from tstar_ray.experiment_frontier import Decoded, fastest, frontier, frontier_markdown, frontier_rows, gain
 
 
@@ -78,5 +79,7 @@ def test_the_held_out_problems_of_a_run_are_a_data_set():
     found = held_out_set(run)
     assert (found.source, found.limit, found.template) == ("e.jsonl", 7, "{question}?")
     assert held_out_set(load_config(None, [])).source == "arithmetic"
+    with pytest.raises(ConfigError, match=r"thresholds.0=90: input should be less than or equal to 1"):
+        load_settings(ExperimentConfig, None, ["name=x", "arms={a: {}}", "thresholds=[90]"])
     with pytest.raises(ConfigError, match="data.eval is empty, and only the run knows the part of t.jsonl"):
         held_out_set(load_config(None, ["data.train=t.jsonl"]))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference import choose as plain_choose
 from reference import kept_by_truncation
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tstar_ray.decoding import Decoding
 from tstar_ray.unmask import choose, draw, invert, lottery, truncate, uniforms
@@ -227,3 +228,26 @@ def test_greedy_log_probs_of_half_precision_are_those_of_fp32(vocabulary):
     assert found.token.tolist() == exact.token.tolist()
     assert found.logprob.dtype == torch.float32
     torch.testing.assert_close(found.logprob, exact.logprob, atol=1e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest fp32 tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_the_entropy_of_many_rows_is_exact_and_never_takes_all_of_them_in_fp32():
+    torch.manual_seed(0)
+    logits = (torch.randn(100, 2**16 + 5) * 4).bfloat16()
+    logits[:, 3] = -torch.inf
+    exact = torch.distributions.Categorical(logits=logits.double().masked_fill(logits == -torch.inf, -1e9)).entropy()
+    with Largest() as largest:
+        found = draw(logits, torch.zeros(100), decoding(temperature=0.0, strategy="entropy"))
+    torch.testing.assert_close(found.entropy, exact.float(), atol=1e-5, rtol=1e-5)
+    assert largest.elements < 0.7 * logits.numel()
