@@ -46,11 +46,15 @@ def read_budget(path: Path) -> dict[str, float]:
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """Every held-out evaluation of a run: block size, accuracy, TPF, and what had been spent before it."""
+    """Every held-out evaluation of a run: block size, accuracy, TPF, what had been spent before it, and whether it was
+    made ``during`` training, on `eval.problems_during` problems, or belongs to a table at the ends."""
     total, points = dict.fromkeys(KEYS, 0.0), []
-    # Evaluations after an update stand before its own record.
-    records = sorted(read_metrics(path), key=lambda r: (r["update"], r["kind"] == "evaluation"))
-    for record in records:
+    # An evaluation during training stands before the record of its update, one of a table behind it.
+    written, recorded = [], 0
+    for record in read_metrics(path):
+        recorded = record["update"] if record["kind"] == "update" else recorded
+        written.append((record, record["update"] > recorded))
+    for record, during in sorted(written, key=lambda r: (r[0]["update"], r[0]["kind"] == "evaluation")):
         if record["kind"] == "update":
             for name, value in spent(record).items():
                 total[name] += value
@@ -60,5 +64,6 @@ def read_curve(path: Path) -> list[dict[str, float]]:
                 if block.isdigit():
                     tpf = record[f"eval_b{block}/tpf"]
                     point = {"update": record["update"], "block": int(block), "accuracy": accuracy, "tpf": tpf}
+                    point |= {"during": during}
                     points.append(point | {name: total[name] for name in ("samples", "learner_tokens")})
     return points

@@ -29,7 +29,7 @@ from tstar_ray.config_evaluate import EvaluateConfig, held_out_set
 from tstar_ray.config_experiment import ArmConfig, ExperimentConfig
 from tstar_ray.experiment_frontier import Decoded, frontier, frontier_markdown
 from tstar_ray.experiment_runner import Job, Runner
-from tstar_ray.experiment_summary import CellResult, markdown, rows, summary
+from tstar_ray.experiment_summary import CellResult, markdown, own_accuracies, rows, summary
 from tstar_ray.settings import load_settings, to_yaml
 
 
@@ -276,7 +276,8 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
     decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
     starts = [row for row in rows(found) if row.arm == reference]
     if decoded and starts:
-        made["frontier"] = frontier(decoded, asdict(min(starts, key=lambda row: row.block)))
+        reference_row = asdict(min(starts, key=lambda row: row.block))
+        made["frontier"] = frontier(decoded, reference_row, own_accuracies(rows(found)))
         table += "\n" + frontier_markdown(made["frontier"], labels)
     everything = {
         "experiment": config.model_dump(mode="json"),
