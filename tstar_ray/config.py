@@ -28,6 +28,11 @@ ARITHMETIC = "arithmetic"
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
+def default_prompt(source: str) -> str:
+    """Of problems from a source whose prompt is left empty."""
+    return "{question}" if source == ARITHMETIC else BOXED_PROMPT
+
+
 class RunConfig(Section):
     """The run and its folder."""
 

@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from tstar_ray.config import (
     ARITHMETIC,
-    BOXED_PROMPT,
     ActorsConfig,
     ClusterConfig,
     Config,
@@ -20,6 +19,7 @@ from tstar_ray.config import (
     DataConfig,
     ModelConfig,
     RewardConfig,
+    default_prompt,
 )
 from tstar_ray.config_base import Section
 
@@ -65,7 +65,7 @@ class DataSet(Section):
     @property
     def template(self) -> str:
         """The prompt that is used."""
-        return self.prompt or ("{question}" if self.source == ARITHMETIC else BOXED_PROMPT)
+        return self.prompt or default_prompt(self.source)
 
     def columns(self) -> DataConfig:
         """How `tstar_ray.data` reads it."""
@@ -211,7 +211,7 @@ def held_out_set(run: Config) -> DataSet:
         question_field=data.question_field,
         answer_field=data.answer_field,
         answer_after=data.answer_after,
-        prompt=data.prompt,
+        prompt=data.prompt or default_prompt(data.train),
         max_prompt_tokens=data.max_prompt_tokens,
         limit=run.eval.problems,
     )

@@ -81,5 +81,7 @@ def test_the_held_out_problems_of_a_run_are_a_data_set():
     found = held_out_set(run)
     assert (found.source, found.limit, found.template) == ("e.jsonl", 7, "{question}?")
     assert held_out_set(load_config(None, [])).source == "arithmetic"
+    boxed = held_out_set(load_config(None, ["data.train=t.jsonl", "data.eval=arithmetic"]))
+    assert "boxed" in boxed.template, "the run asks its held-out problems as it asks those it trains on"
     with pytest.raises(ConfigError, match="data.eval is empty, and only the run knows the part of t.jsonl"):
         held_out_set(load_config(None, ["data.train=t.jsonl"]))
