@@ -140,14 +140,17 @@ def analyze_evaluation(folder: Path) -> list[tuple[CellResult, Schedule]]:
 
 
 def order_effects(results: Sequence[CellResult]) -> list[OrderEffect]:
-    """Forced against learned order, for cells that agree in all else; problems are compared in pairs."""
+    """Forced against learned order, for cells that agree in all else; over the problems that both have scored, each
+    compared with itself."""
     effects = []
     for forced in (r for r in results if r.cell.decoding.order != "learned"):
         twin = replace(forced.cell, decoding=replace(forced.cell.decoding, order="learned"))
-        for learned in (r for r in results if r.cell == twin and r.problems == forced.problems):
-            samples = forced.cell.samples
-            differences = [(a - b) / samples for a, b in zip(forced.correct, learned.correct, strict=True)]
+        for learned in (r for r in results if r.cell == twin):
+            a, b = (dict(zip(r.scored, r.correct)) for r in (forced, learned))
+            differences = [(a[i] - b[i]) / forced.cell.samples for i in a.keys() & b.keys()]
             n = len(differences)
+            if not n:
+                continue
             mean = sum(differences) / n
             spread = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
             effects.append(

@@ -165,6 +165,12 @@ def test_forced_orders_are_compared_in_pairs(tmp_path, capsys):
     (effect,) = analyze.order_effects(results)
     assert (effect.order, effect.accuracy, effect.tpf) == ("left_to_right", -0.5, 0)
     assert effect.error == pytest.approx((1 / 3 / 4) ** 0.5)
+    # Each misses another problem: 0 and 2 are left, with differences 0 and 0.
+    missing = [
+        replace(r, problems=3, unscored=1, scored=scored, correct=tuple(r.correct[i] for i in scored))
+        for r, scored in zip(results, ((0, 2, 3), (0, 1, 2)))
+    ]
+    assert [(e.accuracy, e.error) for e in analyze.order_effects(missing)] == [(0, 0)]
     assert analyze.main([str(tmp_path)]) == 0
     assert "-50.0 points" in capsys.readouterr().out
     document = json.loads((tmp_path / "analysis.json").read_text())
