@@ -33,8 +33,8 @@ def default_prompt(source: str) -> str:
     return "{question}" if source == ARITHMETIC else BOXED_PROMPT
 
 
-class RunConfig(Section):
-    """The run and its folder."""
+class FolderConfig(Section):
+    """A training and its folder."""
 
     name: str = ""
     """Name of the run folder; empty: date, time and curriculum mode."""
@@ -49,13 +49,9 @@ class RunConfig(Section):
     """Updates between checkpoints; every stage change writes one too."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
-    save_traces: bool = True
-    """Write every update's trajectories as Parquet."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where numbers, samples and figures are shown besides the run folder; wandb needs `pip install tstar_ray[wandb]`.
     """
-    report: bool = True
-    """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 
     @field_validator("name")
     @classmethod
@@ -63,6 +59,15 @@ class RunConfig(Section):
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise ValueError("use letters, digits, dot, dash and underscore only, at most 100")
         return name
+
+
+class RunConfig(FolderConfig):
+    """The run and its folder."""
+
+    save_traces: bool = True
+    """Write every update's trajectories as Parquet."""
+    report: bool = True
+    """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 
 
 class ModelConfig(Section):
