@@ -249,8 +249,8 @@ class Adaptation:
         for name, value in self._order.items():
             if state["order"][name] != value:
                 raise ConfigError(
-                    f"{checkpoint.folder} was made with {name}={state['order'][name]}, this command has {value}: samples "
-                    "would be repeated or left out; give the same, or another run.name for a new one"
+                    f"{checkpoint.folder} was made with {name}={state['order'][name]}, this command has {value}: "
+                    "samples would be repeated or left out; give the same, or another run.name for a new one"
                 )
         self._group.load(checkpoint.folder / "learner")
         self._step, self._tokens = state["step"], state["tokens"]

@@ -3,8 +3,8 @@
     question + solution ──chat template where there is one──► prompt ids | answer ids, to their end-of-text
     plain text ──► ids and end-of-text, cut into pieces of whole blocks
 
-Prompts are those of rollouts later, by default too, tokenised apart from answers (`tstar_ray.data.encode_prompt`). Final
-answers behind a mark, as GSM8K's "#### 72", are trained in the box that verifiers read.
+Prompts are those of rollouts later, by default too, and tokenised apart from answers (`tstar_ray.data.encode_prompt`).
+Final answers behind a mark, as GSM8K's "#### 72", are trained in the box that verifiers read.
 """
 
 from __future__ import annotations

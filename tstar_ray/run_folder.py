@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tstar_ray.budget import read_metrics
 from tstar_ray.config import Config, ConfigError, Stage, load_config
 from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.schedule import Reveals, view
@@ -57,7 +58,8 @@ class RunFolder:
     updates: tuple[dict[str, Any], ...]
     """Records of its updates, in order; see `tstar_ray.record`."""
     evaluations: tuple[dict[str, Any], ...]
-    """Held-out scores: update, block_size, accuracy, low, high, tpf, tpf_with_commits, truncated, mean_tokens."""
+    """Held-out scores: update, during (`tstar_ray.budget.read_metrics`), block_size, accuracy,
+    low, high, tpf, tpf_with_commits, truncated, mean_tokens."""
     result: dict[str, Any] | None
     """`result.json`; None while the run has not ended."""
 
@@ -101,15 +103,13 @@ def read_run(folder: Path) -> RunFolder:
     """Read a run folder; raises ConfigError naming what is missing."""
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: no run folder (it has no config.yaml and metrics.jsonl)")
-    records = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        if line.endswith("}"):  # a run that is being written, or was killed, may end in half a line
-            records.append(json.loads(line))
+    records = list(read_metrics(folder / "metrics.jsonl"))
     evaluations = []
     for record in (r for r in records if r["kind"] == "evaluation"):
         values = {k.partition("/")[2]: v for k, v in record.items() if k.startswith("eval_b")}
         block = next(int(k.partition("/")[0].removeprefix("eval_b")) for k in record if k.startswith("eval_b"))
-        evaluations.append({"update": record["update"], "block_size": block, **values})
+        told = {name: record[name] for name in ("update", "during")}
+        evaluations.append({**told, "block_size": block, **values})
     result = folder / "result.json"
     return RunFolder(
         folder=folder.resolve(),

@@ -71,7 +71,7 @@ def test_a_run_is_read_even_while_it_is_written(run_folder):
     run = read_run(run_folder)
     assert [(s.stage.name, s.updates) for s in run.stages] == [("b4", (1, 2, 3, 4)), ("b8", (5,))]
     assert run.series("rollout/accuracy", run.stages[0]) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
-    assert run.evaluations == ({"update": 5, "block_size": 8, "accuracy": 0.5, "tpf": 2.0},)
+    assert run.evaluations == ({"update": 5, "during": False, "block_size": 8, "accuracy": 0.5, "tpf": 2.0},)
     assert run.result is None
     assert run.traces(5) is None
     with pytest.raises(ConfigError, match="no run folder"):

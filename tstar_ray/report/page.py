@@ -35,7 +35,7 @@ def write_run_report(folder: Path, *, traces: bool = True) -> Path:
         made["pareto"] = figures.pareto(scores)
     if stages:
         made |= {"heatmaps": figures.heat_maps(stages), "schedule": figures.schedule_lines(stages)}
-    decode, note = load_decoder(run.config.model.path)
+    decode, note = load_decoder(run.config.model)
     viewer = viewer_data(run, decode) if traces else {"texts": [], "updates": []}
     page = render(
         "run.html.j2",
