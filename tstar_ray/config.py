@@ -87,7 +87,8 @@ class DataConfig(Section):
     train: str = ARITHMETIC
     """`arithmetic` (built in), a .jsonl or .parquet file, or a hub data set such as openai/gsm8k."""
     eval: str = ""
-    """Held-out problems, same forms; empty: the built-in held-out split, or the end of the training file."""
+    """Held-out problems, same forms; empty: the built-in held-out split, or the end of the training file. Training
+    problems with the same question are left out."""
     subset: str = ""
     """Hub data sets: configuration name, e.g. main."""
     train_split: str = "train"

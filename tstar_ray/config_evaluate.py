@@ -198,7 +198,7 @@ class EvaluateConfig(Section):
 def held_out_set(run: Config) -> DataSet:
     """The held-out problems of a run; raises ConfigError where they are a part of its training data."""
     data = run.data
-    source = data.eval or data.train
+    source, asked = data.eval or data.train, default_prompt(data.train)
     if not data.eval and data.train != ARITHMETIC:
         raise ConfigError(
             f"data.eval is empty, and only the run knows the part of {data.train} it holds out; give a set of its own"
@@ -211,7 +211,7 @@ def held_out_set(run: Config) -> DataSet:
         question_field=data.question_field,
         answer_field=data.answer_field,
         answer_after=data.answer_after,
-        prompt=data.prompt or default_prompt(data.train),
+        prompt=data.prompt or ("" if default_prompt(source) == asked else asked),
         max_prompt_tokens=data.max_prompt_tokens,
         limit=run.eval.problems,
     )

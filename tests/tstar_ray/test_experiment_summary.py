@@ -6,9 +6,9 @@ import statistics
 import pytest
 
 from tstar_ray.budget import KEYS, read_budget, read_curve
-from tstar_ray.config import ConfigError
+from tstar_ray.config import ConfigError, load_config
 from tstar_ray.config_experiment import ExperimentConfig
-from tstar_ray.experiment import plan
+from tstar_ray.experiment import _decodings, plan
 from tstar_ray.experiment_figures import draw
 from tstar_ray.experiment_summary import CellResult, at_equal_tokens, budgets, compare, kept, markdown, rows, summary
 from tstar_ray.settings import load_settings
@@ -150,6 +150,7 @@ ARMS = {"base": {"decode_only": True}, "a": {"settings": ["curriculum.mode=direc
         ({"arms": {"base": {"decode_only": True, "settings": ["run.seed=1"]}}}, "takes no settings"),
         ({"name": "../up"}, "letters, digits"),
         ({"reference": "c"}, "choose one of base, a, b"),
+        ({"arms": {"a": {"label": "b"}, "b": {}}}, "arms: b, b share a label"),
         ({"arms": {"a": {"setings": []}}}, "did you mean settings?"),
     ],
 )
@@ -172,6 +173,12 @@ def test_every_arm_that_trains_gets_every_seed_and_its_settings(tmp_path):
         ("b-s4", 4, "tstar"),
     ]
     assert {c.config.rollout.problems for c in cells} == {7}
+    sampled = load_config(None, ["rollout.confidence=sampled", "eval.blocks=[4]"])
+    given = _decodings(config, sampled, "base", (3,), tmp_path, None).settings.grid
+    assert (given.confidence, given.strategies, given.blocks) == ("sampled", ("dynamic",), (4,))
+    static = {"settings": ("curriculum.strategy=static",), "thresholds": (0.5,)}
+    with pytest.raises(ConfigError, match="mean something to dynamic unmasking only, and curriculum.strategy=static"):
+        plan(config.model_copy(update=static), tmp_path, tmp_path / "x")
     bad = config.model_copy(update={"settings": ("rollout.problms=7",)})
     with pytest.raises(ConfigError, match="arms.a: rollout.problms: unknown setting"):
         plan(bad, tmp_path, tmp_path / "x")
