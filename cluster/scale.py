@@ -118,9 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if count < 1:
             parser.error(f"--{role} {count}: at least 1; stop the run with Ctrl-C or SIGTERM")
     try:
-        read_status(folder)
+        roles = [role for role in _ROLES if role in read_status(folder)]
     except OSError as error:
         print(f"error: {folder} is no folder of a run that has started ({error})", file=sys.stderr)
+        return 2
+    if counts.keys() - set(roles):
+        print(f"error: {folder} has no actors to add: only its learner works there", file=sys.stderr)
         return 2
     if counts:
         ask(folder, counts)
@@ -131,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if there or time.monotonic() >= deadline:
             break
         time.sleep(0.2)
-    for role in _ROLES:
+    for role in roles:
         print(f"{role}: {status[role]['wanted']} wanted, {len(status[role]['live'])} work, {status[role]['lost']} lost")
-    for role in (*_ROLES, "learner"):
+    for role in (*roles, "learner"):
         for name, place in status[role]["actors"].items():
             print(f"  {name} on {place['node']}, process {place['pid']}, log {place['log'] or 'on its terminal'}")
     if not there:

@@ -1,6 +1,7 @@
 """`python -m tstar_ray.adapt` as a user runs it: real checkpoints, data, Ray, DeepSpeed, signals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -110,6 +111,36 @@ def test_answers_follow_the_chat_template_and_prompts_are_those_of_rollouts(tmp_
     assert tokenizer.decode(plain.ids).endswith("<|im_end|>\n<|endoftext|>"), "the template's end is no stop token here"
 
 
+def test_a_model_adapted_by_default_is_asked_as_in_a_run_and_answers_as_the_verifier_reads(tmp_path):
+    """Rows as GSM8K has them, and with a box already, through the defaults of both commands."""
+    from reward.grading import Verdict, grade
+    from tstar_ray.config import DataConfig
+    from tstar_ray.data import load_problem_sets
+
+    path = tmp_path / "data.jsonl"
+    marked = [{"question": f"{n} + 1?", "answer": f"It is {n}+1={n + 1}.\n#### {n + 1},000"} for n in range(20)]
+    boxed = [
+        {"question": f"{n}?", "solution": f"#### Then\nit is \\boxed{{{n}}}.", "answer": str(n)} for n in range(20)
+    ]
+    for rows, settings in ((marked, {}), (boxed, {"solution_field": "solution"})):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        folder, _, _ = autoregressive(tmp_path / "ar", path)
+        tokenizer, stop_ids = inspect_checkpoint(folder, new_mask_token="<|MASK|>")
+        examples = load_example_sets(
+            AdaptDataConfig(train=str(path), held_out=4, **settings), tokenizer, stop_ids, largest_block=4
+        ).train
+        problems = load_problem_sets(DataConfig(train=str(path)), tokenizer, held_out=4).train
+        assert len(examples) == len(problems) == 16
+        for example, asked in zip(examples, problems):
+            assert tuple(example.ids[: example.prompt_len]) == asked.prompt_ids
+            answer = tokenizer.decode(example.ids[example.prompt_len :])
+            assert grade(answer, asked.problem.answer) is Verdict.correct, answer
+    as_it_stands = AdaptDataConfig(train=str(path), held_out=4, answer_after="", prompt="{question}")
+    path.write_text("".join(json.dumps(row) + "\n" for row in marked))
+    example = load_example_sets(as_it_stands, tokenizer, stop_ids, largest_block=4).train[0]
+    assert "It is 0+1=1.\n#### 1,000" in tokenizer.decode(example.ids)
+
+
 def test_plain_text_is_cut_into_whole_blocks(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": "some words here " * n}) + "\n" for n in (3, 40, 60)))
@@ -151,6 +182,8 @@ def test_mistakes_in_the_data_are_named(tmp_path, corpus, change, message):
         ({"data": {"max_tokens": 8}, "stages": [{"steps": 3, "mixture": {16: 1}}]}, "exceeds data.max_tokens=8"),
         ({"noise": {"low": 0.5, "high": 0.2}}, "exceeds noise.high"),
         ({"model": {"dtype": "bfloat16"}}, "float32 on CPU"),
+        ({"run": {"save_traces": True}}, "Extra inputs"),
+        ({"run": {"report": True}}, "Extra inputs"),
     ],
 )
 def test_mistakes_in_the_settings_are_named(settings, message):
@@ -182,6 +215,7 @@ def settings_of(corpus):
     return [
         f"data.train={corpus}",
         "data.held_out=8",
+        "data.prompt='{question}'",
         "train.batch=8",
         "train.lr=2e-3",
         "train.ranks=2",
@@ -235,6 +269,43 @@ def test_an_adaptation_is_stopped_resumed_and_used_as_a_policy(tmp_path, corpus)
     decoding = Decoding(block_size=8, max_new_tokens=24, stop_ids=a.stop_ids)
     (trajectory,) = TorchEngine(a.model).generate([Request(0, 0, prompt, seed=1)], decoding)
     assert a.model.mask_id not in trajectory.token_ids
+
+
+@pytest.mark.cluster
+def test_a_silent_rank_ends_it_in_time_and_it_goes_on_with_the_same_samples_only(tmp_path, corpus):
+    autoregressive(tmp_path / "ar", corpus)
+    settings = [*settings_of(corpus), "run.name=job", "run.resume=auto", "train.silent_s=6"]
+    job = subprocess.Popen(
+        command(tmp_path, *settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+        cwd=tmp_path,
+    )  # fmt: skip
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if line.startswith("step 8/24"):
+            ranks = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"]
+            os.kill(ranks["learner-1"]["pid"], signal.SIGSTOP)
+    assert job.wait(timeout=60) == 2, "".join(lines)
+    assert "rank 1 gave no sign of life" in "".join(lines)
+    assert any((tmp_path / "job" / "logs").glob("*/raylet.out")), "what the private cluster printed is kept"
+    scale = [sys.executable, "-m", "cluster.scale", str(tmp_path / "job")]
+    told = subprocess.run(scale, capture_output=True, text=True, timeout=60, check=True, env=environment())
+    assert "learner-1 on" in told.stdout
+    output = adapt(tmp_path, *settings, "train.batch=4", expect=2)
+    assert "was made with train.batch=8, this command has 4" in output
+
+
+def test_gpus_are_waited_for_where_nodes_may_join():
+    from cluster.session import ClusterError
+    from tstar_ray.adapt import _place
+
+    def place(**cluster):
+        settings = {"train": {"gpus": 1, "ranks": 4, "cpus": 3}, "cluster": cluster}
+        return _place(AdaptConfig.model_validate(settings), {"CPU": 2.0})[0]
+
+    with pytest.raises(ClusterError, match="4 GPUs asked.*or set cluster.autoscaling=true"):
+        place()
+    assert place(autoscaling=True) == {"num_cpus": 3, "num_gpus": 1}
 
 
 @pytest.mark.cluster

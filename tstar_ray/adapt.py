@@ -81,6 +81,7 @@ def launch(config: AdaptConfig) -> int:
 def _run(config: AdaptConfig, folder: Path, reporter: Any) -> bool:
     """Look at model and data, then cluster, ranks, loop; True when stopped by a signal."""
     from cluster.placement import wait_ready
+    from cluster.scale import Desk
     from cluster.session import connect
     from cluster.weights import ObjectStoreTransport
     from learner.adapter import AdapterGroup, adapter_rank
@@ -101,7 +102,9 @@ def _run(config: AdaptConfig, folder: Path, reporter: Any) -> bool:
         + (f"; {examples.left_out} left out as too long" if examples.left_out else "")
     )
     with ExitStack() as stack:
-        session = stack.enter_context(connect(config.cluster, namespace=f"tstar-adapt-{folder.name}-{os.getpid()}"))
+        logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        namespace = f"tstar-adapt-{folder.name}-{os.getpid()}"
+        session = stack.enter_context(connect(config.cluster, namespace=namespace, logs=logs))
         options, threads = _place(config, session.resources)
         group = AdapterGroup(
             model,
@@ -114,24 +117,27 @@ def _run(config: AdaptConfig, folder: Path, reporter: Any) -> bool:
         )
         stack.callback(group.stop)
         start_s = config.cluster.start_timeout_s
-        wait_ready(group.start(start_s), start_s, "ranks")
+        # Only ranks that have a place are asked for signs of life.
+        group.places = wait_ready(group.start(start_s), start_s, "ranks")
+        Desk(folder, {}, lambda: group.places, reporter.say).tick()
         loop = Adaptation(config, folder, group=group, examples=examples, reporter=reporter)
         stack.enter_context(StopSignals(loop, reporter.say))
         return loop.run()
 
 
 def _place(config: AdaptConfig, resources: dict[str, float]) -> tuple[dict[str, float], int]:
-    """Ray's options and the compute threads of one rank; CPU shares give way, GPUs are exact."""
+    """Ray's options and the compute threads of one rank; CPU shares give way, GPUs are exact, unless nodes may join."""
     from cluster.session import ClusterError
 
-    train = config.train
-    if train.ranks * train.gpus > resources.get("GPU", 0.0):
+    train, fixed = config.train, not config.cluster.autoscaling
+    if fixed and train.ranks * train.gpus > resources.get("GPU", 0.0):
         raise ClusterError(
             f"{train.ranks * train.gpus:g} GPUs asked ({train.ranks} ranks x train.gpus={train.gpus:g}), the cluster "
-            f"has {resources.get('GPU', 0.0):g}; lower one of them, or join a larger cluster with cluster.address"
+            f"has {resources.get('GPU', 0.0):g}; lower one of them, join a larger cluster with cluster.address, or set "
+            "cluster.autoscaling=true if nodes join on demand"
         )
     cores = resources.get("CPU", 1.0)
-    share = min(train.cpus, 0.95 * cores / train.ranks)
+    share = min(train.cpus, 0.95 * cores / train.ranks) if fixed else train.cpus
     options = {"num_cpus": int(share * 1e4) / 1e4, "num_gpus": train.gpus}
     return options, train.threads or max(1, int(cores) // train.ranks)
 
@@ -153,6 +159,14 @@ class Adaptation:
             final_lr=config.train.final_lr,
             seed=config.run.seed,
         )
+        order = {
+            "stages": [stage.model_dump() for stage in config.stages],
+            "train.batch": config.train.batch,
+            "run.seed": config.run.seed,
+            "training samples": len(self._train),
+        }
+        self._order: dict[str, Any] = json.loads(json.dumps(order))
+        """What says which samples a step trains on, and at which block size."""
         self._step, self._before = 0, dict[int, float]()
         self._tokens = {"answer": 0, "forwarded": 0}
         self.stop_requested = False
@@ -218,7 +232,7 @@ class Adaptation:
     def _checkpoint(self) -> None:
         from tstar_ray.checkpoint import write_checkpoint
 
-        state = {"step": self._step, "before": self._before, "tokens": self._tokens, "ends": self._schedule.ends}
+        state = {"step": self._step, "before": self._before, "tokens": self._tokens, "order": self._order}
         write_checkpoint(
             self._folder / "checkpoints",
             self._step,
@@ -232,10 +246,12 @@ class Adaptation:
 
         checkpoint = newest_checkpoint(folder / "checkpoints", refused=self._reporter.say)
         state = checkpoint.state
-        if state["step"] > self._schedule.steps:
-            raise ConfigError(
-                f"{checkpoint.folder} is at step {state['step']} of {self._schedule.steps}: nothing to do"
-            )
+        for name, value in self._order.items():
+            if state["order"][name] != value:
+                raise ConfigError(
+                    f"{checkpoint.folder} was made with {name}={state['order'][name]}, this command has {value}: "
+                    "samples would be repeated or left out; give the same, or another run.name for a new one"
+                )
         self._group.load(checkpoint.folder / "learner")
         self._step, self._tokens = state["step"], state["tokens"]
         self._before = {int(block): loss for block, loss in state["before"].items()}

@@ -3,7 +3,8 @@
     question + solution ──chat template where there is one──► prompt ids | answer ids, to their end-of-text
     plain text ──► ids and end-of-text, cut into pieces of whole blocks
 
-Prompts are tokenised apart from answers, exactly as rollouts see them later (`tstar_ray.data.encode_prompt`).
+Prompts are those of rollouts later, by default too, and tokenised apart from answers (`tstar_ray.data.encode_prompt`).
+Final answers behind a mark, as GSM8K's "#### 72", are trained in the box that verifiers read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.adaptation import Example
 from tstar_ray import arithmetic
-from tstar_ray.config import ARITHMETIC, ConfigError
+from tstar_ray.config import ARITHMETIC, ConfigError, default_prompt
 from tstar_ray.config_adapt import AdaptDataConfig
 from tstar_ray.data import encode_prompt, read_rows
 
@@ -41,12 +42,13 @@ class Encoder:
 
     def __init__(self, data: AdaptDataConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
         self._data, self._tokenizer, self._stop_ids = data, tokenizer, set(stop_ids)
+        self._prompt = data.prompt or default_prompt(data.train)
         self._end = int(min(stop_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
 
     def pair(self, question: str, solution: str) -> Example:
         """One question with its answer, up to and including the first token that ends it."""
-        prompt = encode_prompt(self._tokenizer, self._data.prompt, question)
-        answer = self._ids(self._answer_text(question, solution))
+        prompt = encode_prompt(self._tokenizer, self._prompt, question)
+        answer = self._ids(self._answer_text(question, self._boxed(solution)))
         stop = next((i for i, token in enumerate(answer) if token in self._stop_ids), len(answer))
         ids = [*prompt, *answer[:stop], answer[stop] if stop < len(answer) else self._end]
         return Example(np.array(ids, dtype=np.int32), len(prompt))
@@ -56,11 +58,19 @@ class Encoder:
         ids = [*self._ids(text), self._end]
         return [Example(np.array(ids[i : i + size], dtype=np.int32), 0) for i in range(0, len(ids), size)]
 
+    def _boxed(self, solution: str) -> str:
+        working, mark, answer = solution.rpartition(self._data.answer_after or "\0")
+        final = answer.strip()
+        # A heading of Markdown is such a mark as well, with a text of lines behind it.
+        if not mark or not final or "\n" in final or "\\boxed" in solution:
+            return solution
+        return f"{working}\\boxed{{{final}}}"
+
     def _answer_text(self, question: str, solution: str) -> str:
         """What the chat template writes after the generation prompt; the bare solution where it has no such form."""
         if self._tokenizer.chat_template is None:
             return solution
-        user = {"role": "user", "content": self._data.prompt.replace("{question}", question)}
+        user = {"role": "user", "content": self._prompt.replace("{question}", question)}
         opened = str(self._tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True))
         both = [user, {"role": "assistant", "content": solution}]
         whole = str(self._tokenizer.apply_chat_template(both, tokenize=False))

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tstar_ray.config import ConfigError
 from tstar_ray.grid import CellResult, read_results
-from tstar_ray.run_folder import RunFolder, StageSpan, read_reveals, read_run
+from tstar_ray.run_folder import Alike, RunFolder, StageSpan, decoded_alike, read_reveals, read_run
 from tstar_ray.schedule import Schedule, heat_map, measure
 
 _WINDOW = 3
@@ -50,6 +50,8 @@ class StageAnalysis:
     """Rollout block, at which its schedules are seen."""
     updates: tuple[int, ...]
     """Updates with traces."""
+    alike: Alike | None
+    """The samples measured, where the stage decoded some otherwise than others; None: all."""
     start: Schedule
     """Over the first updates."""
     end: Schedule
@@ -64,6 +66,7 @@ class StageAnalysis:
             "name": self.name,
             "block_size": self.block_size,
             "updates": self.updates,
+            "samples": str(self.alike or "all"),
             "start": self.start.to_dict(),
             "end": self.end.to_dict(),
             "by_update": brief,
@@ -97,23 +100,33 @@ def analyze_stage(run: RunFolder, span: StageSpan, *, every_update: bool = True)
     if not updates:
         return None
     block, window = span.stage.rollout_block, max(1, min(_WINDOW, len(updates) // 2))
-    first, last = run.reveals(updates[:window], block), run.reveals(updates[-window:], block)
+    alike = decoded_alike(run.config, span.stage)
+    first, last = run.reveals(updates[:window], block, alike), run.reveals(updates[-window:], block, alike)
     assert first is not None, "traces are there"
     assert last is not None, "traces are there"
     reference = heat_map(first)
     by_update = []
     for update in updates if every_update else ():
-        reveals = run.reveals([update], block)
+        reveals = run.reveals([update], block, alike)
         assert reveals is not None, "traces are there"
         by_update.append(measure(reveals, stage_start=reference))
     return StageAnalysis(
         name=span.stage.name,
         block_size=block,
         updates=updates,
+        alike=alike,
         start=measure(first),
         end=measure(last, stage_start=reference),
         by_update=tuple(by_update),
     )
+
+
+def measured_samples(stages: Sequence[StageAnalysis]) -> str:
+    """Which samples were measured, where that is not all; empty otherwise."""
+    told = {stage.name: str(stage.alike) for stage in stages if stage.alike}
+    if len(told) == len(stages) and len(set(told.values())) == 1:
+        return f"samples: {next(iter(told.values()))}"
+    return "; ".join(f"samples of {name}: {alike}" for name, alike in told.items())
 
 
 def analyze_evaluation(folder: Path) -> list[tuple[CellResult, Schedule]]:
@@ -127,14 +140,17 @@ def analyze_evaluation(folder: Path) -> list[tuple[CellResult, Schedule]]:
 
 
 def order_effects(results: Sequence[CellResult]) -> list[OrderEffect]:
-    """Forced against learned order, for cells that agree in all else; problems are compared in pairs."""
+    """Forced against learned order, for cells that agree in all else; over the problems that both have scored, each
+    compared with itself."""
     effects = []
     for forced in (r for r in results if r.cell.decoding.order != "learned"):
         twin = replace(forced.cell, decoding=replace(forced.cell.decoding, order="learned"))
-        for learned in (r for r in results if r.cell == twin and r.problems == forced.problems):
-            samples = forced.cell.samples
-            differences = [(a - b) / samples for a, b in zip(forced.correct, learned.correct, strict=True)]
+        for learned in (r for r in results if r.cell == twin):
+            a, b = (dict(zip(r.scored, r.correct)) for r in (forced, learned))
+            differences = [(a[i] - b[i]) / forced.cell.samples for i in a.keys() & b.keys()]
             n = len(differences)
+            if not n:
+                continue
             mean = sum(differences) / n
             spread = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
             effects.append(
@@ -182,6 +198,7 @@ def _report_run(folder: Path, console: Console) -> dict[str, Any]:
         ends = ((stage.updates[:window], stage.start), (stage.updates[-window:], stage.end))
         for updates, schedule in ends:
             table.add_row(f"{stage.name} {_span(updates)}", *_cells(schedule), end_section=schedule is stage.end)
+    table.caption = measured_samples(stages)
     console.print(table)
     return {"run": run.name, "stages": [stage.to_dict() for stage in stages]}
 

@@ -17,10 +17,19 @@ _SPENT = ("update", "collapsed")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Records in order; a kill may have cut the last line short."""
+    """Records in order; a kill may have cut the last line short. An evaluation says whether it was made ``during``
+    training, on `eval.problems_during` problems, or belongs to a table at the ends."""
+    recorded = 0
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.endswith("}"):
-            yield json.loads(line)
+        if not line.endswith("}"):
+            continue
+        record = json.loads(line)
+        if record["kind"] == "update":
+            recorded = record["update"]
+        elif record["kind"] == "evaluation":
+            # One during training stands before the record of its update, one of a table behind it.
+            record["during"] = record["update"] > recorded
+        yield record
 
 
 def spent(update: Mapping[str, Any]) -> dict[str, float]:
@@ -47,7 +56,7 @@ def read_budget(path: Path) -> dict[str, float]:
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """Every held-out evaluation of a run: block size, accuracy, TPF, and what had been spent before it."""
+    """Every held-out evaluation of a run: block size, accuracy, TPF, ``during``, and what had been spent before it."""
     total, points = dict.fromkeys(KEYS, 0.0), []
     # Evaluations after an update stand before its own record.
     records = sorted(read_metrics(path), key=lambda r: (r["update"], r["kind"] == "evaluation"))
@@ -61,5 +70,6 @@ def read_curve(path: Path) -> list[dict[str, float]]:
                 if block.isdigit():
                     tpf = record[f"eval_b{block}/tpf"]
                     point = {"update": record["update"], "block": int(block), "accuracy": accuracy, "tpf": tpf}
+                    point |= {"during": record["during"]}
                     points.append(point | {name: total[name] for name in ("samples", "learner_tokens")})
     return points

@@ -29,8 +29,13 @@ ARITHMETIC = "arithmetic"
 BOXED_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-class RunConfig(Section):
-    """The run and its folder."""
+def default_prompt(source: str) -> str:
+    """Of problems from a source whose prompt is left empty."""
+    return "{question}" if source == ARITHMETIC else BOXED_PROMPT
+
+
+class FolderConfig(Section):
+    """A training and its folder."""
 
     name: str = ""
     """Name of the run folder; empty: date, time and curriculum mode."""
@@ -46,13 +51,9 @@ class RunConfig(Section):
     """Updates between checkpoints; every stage change writes one too."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
-    save_traces: bool = True
-    """Write every update's trajectories as Parquet."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where numbers, samples and figures are shown besides the run folder; wandb needs `pip install -e '.[wandb]'`.
     """
-    report: bool = True
-    """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 
     @field_validator("name")
     @classmethod
@@ -60,6 +61,15 @@ class RunConfig(Section):
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise ValueError("use letters, digits, dot, dash and underscore only, at most 100")
         return name
+
+
+class RunConfig(FolderConfig):
+    """The run and its folder."""
+
+    save_traces: bool = True
+    """Write every update's trajectories as Parquet."""
+    report: bool = True
+    """Write report.html at the end; `python -m tstar_ray.report` does so at any time."""
 
 
 class ModelConfig(Section):
@@ -94,7 +104,8 @@ class DataConfig(Section):
     train: str = ARITHMETIC
     """`arithmetic` (built in), a .jsonl or .parquet file, or a hub data set such as openai/gsm8k."""
     eval: str = ""
-    """Held-out problems, same forms; empty: the built-in held-out split, or the end of the training file."""
+    """Held-out problems, same forms; empty: the built-in held-out split, or the end of the training file. Training
+    problems with the same question are left out."""
     subset: str = ""
     """Hub data sets: configuration name, e.g. main."""
     train_split: str = "train"

@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tstar_ray.config import ClusterConfig, ModelConfig, RunConfig
+from tstar_ray.config import ClusterConfig, FolderConfig, ModelConfig
 from tstar_ray.config_base import Section
 from tstar_ray.config_learner import LearnerConfig
 from tstar_ray.settings import to_yaml
@@ -20,8 +20,8 @@ from tstar_ray.settings import to_yaml
 MASK_TOKEN = "<|MASK|>"
 
 
-class AdaptRunConfig(RunConfig):
-    """The run and its folder."""
+class AdaptRunConfig(FolderConfig):
+    """The adaptation and its folder."""
 
     dir: Path = Path("runs/adapt")
     """Parent of run folders; made absolute."""
@@ -56,11 +56,16 @@ class AdaptDataConfig(Section):
     question_field: str = "question"
     """Column with the question."""
     solution_field: str = "answer"
-    """Column with what is to be answered, working included; trained on as it stands."""
+    """Column with what is to be answered, working included."""
+    answer_after: str = "####"
+    """Where a solution ends in this mark and the final answer, both become \\boxed{answer}, which verifiers look for;
+    other solutions, or all where this is empty, are trained on as they stand."""
     text_field: str = ""
     """Column with plain text: every token of it is trained (continued pre-training), no question, no template."""
-    prompt: str = "{question}"
-    """Prompt with a {question} placeholder; the tokenizer's chat template is applied around it where it has one."""
+    prompt: str = ""
+    """Prompt with a {question} placeholder; empty: that of `tstar_ray.run`, the bare question for `arithmetic`, else a
+    request to reason step by step and box the answer. The tokenizer's chat template is applied around it where it has
+    one."""
     max_tokens: int = Field(2048, ge=8)
     """Longer questions with their solutions are left out, and counted; longer texts are cut into pieces."""
     limit: int = Field(0, ge=0)
@@ -71,7 +76,7 @@ class AdaptDataConfig(Section):
     @field_validator("prompt")
     @classmethod
     def _has_placeholder(cls, prompt: str) -> str:
-        if "{question}" not in prompt:
+        if prompt and "{question}" not in prompt:
             raise ValueError("needs the placeholder {question}")
         return prompt
 

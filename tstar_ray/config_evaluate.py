@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from tstar_ray.config import (
     ARITHMETIC,
-    BOXED_PROMPT,
     ActorsConfig,
     ClusterConfig,
     Config,
@@ -21,6 +20,7 @@ from tstar_ray.config import (
     ModelConfig,
     Prompt,
     RewardConfig,
+    default_prompt,
     load_config,
 )
 from tstar_ray.config_base import Section
@@ -68,7 +68,7 @@ class DataSet(Section):
     @property
     def template(self) -> str:
         """The prompt that is used."""
-        return self.prompt or ("{question}" if self.source == ARITHMETIC else BOXED_PROMPT)
+        return self.prompt or default_prompt(self.source)
 
     def columns(self) -> DataConfig:
         """How `tstar_ray.data` reads it."""
@@ -225,7 +225,7 @@ class EvaluateConfig(Section):
 def held_out_set(run: Config) -> DataSet:
     """The held-out problems of a run; raises ConfigError where they are a part of its training data."""
     data = run.data
-    source = data.eval or data.train
+    source, asked = data.eval or data.train, default_prompt(data.train)
     if not data.eval and data.train != ARITHMETIC:
         raise ConfigError(
             f"data.eval is empty, and only the run knows the part of {data.train} it holds out; give a set of its own"
@@ -238,7 +238,7 @@ def held_out_set(run: Config) -> DataSet:
         question_field=data.question_field,
         answer_field=data.answer_field,
         answer_after=data.answer_after,
-        prompt=data.prompt,
+        prompt=data.prompt or ("" if default_prompt(source) == asked else asked),
         max_prompt_tokens=data.max_prompt_tokens,
         limit=run.eval.problems,
     )

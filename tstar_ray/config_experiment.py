@@ -58,6 +58,9 @@ class ExperimentConfig(Section):
         for name in (self.name, *self.arms):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", name):
                 raise ValueError(f"name {name!r}: use letters, digits, dot, dash and underscore only, at most 60")
+        labels = [arm.label or key for key, arm in self.arms.items()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"arms: {', '.join(labels)} share a label; give each its own")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)}: give at least one, each once")
         if all(arm.decode_only for arm in self.arms.values()):

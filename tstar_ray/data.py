@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tstar_ray import arithmetic
-from tstar_ray.config import ARITHMETIC, BOXED_PROMPT, ConfigError, DataConfig
+from tstar_ray.config import ARITHMETIC, ConfigError, DataConfig, default_prompt
 from tstar_ray.problems import Problem
 
 _ARITHMETIC_POOL = 8192
@@ -43,6 +43,8 @@ class ProblemSets:
     """In source order; never trained on."""
     left_out: int
     """Problems whose prompt exceeds data.max_prompt_tokens."""
+    shared: int
+    """Training problems that were dropped because their question is held out."""
 
 
 def load_problem_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, held_out: int) -> ProblemSets:
@@ -50,10 +52,10 @@ def load_problem_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, h
     train = load_problems(data, data.train, data.train_split, "data.train")
     if data.limit:
         train = train[: data.limit]
-    if data.eval:
-        evaluate = load_problems(data, data.eval, data.eval_split, "data.eval")
-    elif data.train == ARITHMETIC:
+    if (data.eval or data.train) == ARITHMETIC:
         evaluate = arithmetic.problems("heldout", held_out)
+    elif data.eval:
+        evaluate = load_problems(data, data.eval, data.eval_split, "data.eval")
     else:
         count = min(held_out, len(train) // 5)
         if count == 0:
@@ -61,18 +63,24 @@ def load_problem_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, h
                 f"data.train={data.train}: {len(train)} problems are too few to hold any out; give data.eval"
             )
         train, evaluate = train[:-count], train[-count:]
-    template = data.prompt or ("{question}" if data.train == ARITHMETIC else BOXED_PROMPT)
+    evaluate = evaluate[:held_out]
+    unseen = {problem.question for problem in evaluate}
+    own = [problem for problem in train if problem.question not in unseen]
+    if not own:
+        raise ConfigError(f"data.eval={data.eval}: holds out every problem of data.train={data.train}; give another")
+    shared, train = len(train) - len(own), own
+    template = data.prompt or default_prompt(data.train)
     sets = []
-    for problems in (train, evaluate[:held_out]):
+    for problems in (train, evaluate):
         prompted = [PromptedProblem(p, encode_prompt(tokenizer, template, p.question)) for p in problems]
         sets.append(tuple(p for p in prompted if len(p.prompt_ids) <= data.max_prompt_tokens))
-    left_out = len(train) + len(evaluate[:held_out]) - sum(map(len, sets))
+    left_out = len(train) + len(evaluate) - sum(map(len, sets))
     for name, kept in zip(("data.train", "data.eval"), sets):
         if not kept:
             raise ConfigError(
                 f"{name}: no problem is left; {left_out} prompts exceed data.max_prompt_tokens={data.max_prompt_tokens}"
             )
-    return ProblemSets(train=sets[0], held_out=sets[1], left_out=left_out)
+    return ProblemSets(train=sets[0], held_out=sets[1], left_out=left_out, shared=shared)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: str) -> tuple[int, ...]:
@@ -87,7 +95,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: s
 
 
 def load_problems(data: DataConfig, source: str, split: str, setting: str) -> list[Problem]:
-    """All problems of one source. ``setting`` names the source in errors."""
+    """All problems of one source; of the built-in task a pool to train on. ``setting`` names the source in errors."""
     if source == ARITHMETIC:
         return arithmetic.problems("train", _ARITHMETIC_POOL)
     rows = read_rows(source, data.subset, split, setting)

@@ -7,7 +7,7 @@
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
                                                  │ thresholds
                                                  └──► python -m tstar_ray.evaluate ──► cells/ARM-sSEED/decodings
-                                                                     └──► experiment.json, table.md, *.png, *.svg
+                                                     experiment.json, table.md, *.png, *.svg, report.html ◄──┘
 
 Runs that ended are skipped, interrupted ones go on from their newest checkpoint, failed ones are named and do not stop
 the others. Ctrl-C or SIGTERM lets the runs at work save and ends; the same command continues.
@@ -29,7 +29,7 @@ from tstar_ray.config_evaluate import EvaluateConfig, held_out_set
 from tstar_ray.config_experiment import ArmConfig, ExperimentConfig
 from tstar_ray.experiment_frontier import Decoded, frontier, frontier_markdown
 from tstar_ray.experiment_runner import Job, Runner
-from tstar_ray.experiment_summary import CellResult, markdown, rows, summary
+from tstar_ray.experiment_summary import CellResult, markdown, own_accuracies, rows, summary
 from tstar_ray.settings import load_settings, to_yaml
 
 
@@ -196,6 +196,11 @@ def plan(config: ExperimentConfig, beside: Path, folder: Path) -> list[Cell]:
                 resolved = load_config(base, [*config.settings, *how.settings, *own])
                 if config.thresholds:
                     held_out_set(resolved)
+                    if resolved.curriculum.strategy != "dynamic":
+                        raise ConfigError(
+                            f"thresholds={list(config.thresholds)} mean something to dynamic unmasking only, and "
+                            f"curriculum.strategy={resolved.curriculum.strategy}; leave thresholds empty"
+                        )
             except ConfigError as error:
                 raise ConfigError(f"arms.{arm}: {error}") from error
             cells.append(Cell(arm, seed, resolved, folder / "logs" / f"{name}.log"))
@@ -227,6 +232,7 @@ def _decodings(
             "thresholds": config.thresholds,
             "max_new_tokens": run.rollout.max_new_tokens,
             "temperature": run.eval.temperature,
+            "confidence": run.rollout.confidence,
         },
         actors=run.actors,
         reward=run.reward,
@@ -276,7 +282,8 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
     decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
     starts = [row for row in rows(found) if row.arm == reference]
     if decoded and starts:
-        made["frontier"] = frontier(decoded, asdict(min(starts, key=lambda row: row.block)))
+        reference_row = asdict(min(starts, key=lambda row: row.block))
+        made["frontier"] = frontier(decoded, reference_row, own_accuracies(rows(found)))
         table += "\n" + frontier_markdown(made["frontier"], labels)
     everything = {
         "experiment": config.model_dump(mode="json"),
@@ -290,10 +297,26 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
     (folder / "experiment.json").write_text(json.dumps(everything, indent=1))
     (folder / "table.md").write_text(table)
     print("\n" + table, flush=True)
-    from tstar_ray.experiment_figures import draw
+    from tstar_ray.experiment_figures import draw, figures
 
     paths = draw(folder, made, found, labels)
     print(f"written: {folder / 'experiment.json'}, table.md, {', '.join(p.name for p in paths)}", flush=True)
+    _add_page(config, folder, cells, table, figures(made, found, labels))
+
+
+def _add_page(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], table: str, drawn: dict[str, Any]) -> None:
+    """report.html. All numbers are written already: whatever goes wrong here is said, and no more."""
+    from tstar_ray.report import write_experiment_report
+
+    arms = {
+        how.label or arm: [c.folder for c in cells if c.arm == arm and c.done()] for arm, how in config.arms.items()
+    }
+    drawn = {name: make for name, make in drawn.items() if name != "pareto"}  # the page has one, with every seed
+    said = [line.removeprefix("- ") for line in table.splitlines() if line.startswith("- ")]
+    try:
+        print(f"report: {write_experiment_report(arms, folder, title=config.name, said=said, drawn=drawn)}", flush=True)
+    except Exception as error:
+        print(f"no report ({type(error).__name__}: {error}); --table tries again", flush=True)
 
 
 def _reference(config: ExperimentConfig) -> str:

@@ -3,7 +3,8 @@ threshold, and held-out accuracy on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ _MARKERS = "osD^vPX*"
 
 
 def draw(folder: Path, found: dict[str, Any], cells: Sequence[Any], labels: dict[str, str]) -> list[Path]:
-    """Write pareto.*, curves.* and, where models were decoded at several thresholds, frontier.* from
-    `experiment_summary.summary` and the cells it is of."""
+    """Write each of `figures` as NAME.png and NAME.svg."""
+    return [path for name, make in figures(found, cells, labels).items() for path in _save(make(), folder / name)]
+
+
+def figures(found: dict[str, Any], cells: Sequence[Any], labels: dict[str, str]) -> dict[str, Callable[[], Figure]]:
+    """What draws pareto, curves and, where models were decoded at several thresholds, frontier, from
+    `experiment_summary.summary` and the cells it is of; in the style that holds when it is called."""
     arms = list(dict.fromkeys(row["arm"] for row in found["rows"]))
     style = {arm: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, arm in enumerate(arms)}
     title = "Accuracy against parallelism; numbers are block sizes, bars one standard deviation over seeds"
-    paths = [
-        *_save(_pareto(found["rows"], "block", title, style, labels), folder / "pareto"),
-        *_save(_curves(cells, style, labels), folder / "curves"),
-    ]
+    made: dict[str, Callable[[], Figure]] = {
+        "pareto": partial(_pareto, found["rows"], "block", title, style, labels),
+        "curves": partial(_curves, cells, style, labels),
+    }
     if "frontier" in found:
         rows = found["frontier"]["rows"]
         top = max(row["block"] for row in rows)
         title = f"B={top}; numbers are confidence thresholds, bars one standard deviation over seeds"
         rows = [row for row in rows if row["block"] == top]
-        paths += _save(_pareto(rows, "threshold", title, style, labels), folder / "frontier")
-    return paths
+        made["frontier"] = partial(_pareto, rows, "threshold", title, style, labels)
+    return made
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:

@@ -10,7 +10,7 @@ other. Curves compare them where both reach. NumPy and plain dictionaries only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,10 +63,11 @@ def frontier_rows(decoded: Sequence[Decoded]) -> list[FrontierRow]:
     return found
 
 
-def fastest(rows: Sequence[FrontierRow], arm: str, reference: dict[str, float]) -> dict[str, Any] | None:
+def fastest(rows: Sequence[FrontierRow], arm: str, reference: dict[str, float], own: float) -> dict[str, Any] | None:
     """An arm's most parallel decoding at its largest block whose mean accuracy is at least `KEEP` of a reference's.
 
-    ``reference``: accuracy, tpf, tpf_with_commits. None where no decoding keeps it.
+    ``reference``: accuracy, tpf, tpf_with_commits. ``own``: the arm's own accuracy at its smallest block, for
+    ``own_kept``. None where no decoding keeps the reference's.
     """
     mine = [row for row in rows if row.arm == arm]
     top = [row for row in mine if row.block == max(r.block for r in mine)]
@@ -78,6 +79,7 @@ def fastest(rows: Sequence[FrontierRow], arm: str, reference: dict[str, float]) 
         **asdict(best),
         "accuracy_kept": best.accuracy / reference["accuracy"],
         "worst_kept": best.accuracy_worst / reference["accuracy"],
+        "own_kept": best.accuracy / max(own, 1e-9),
         "tpf_multiple": best.tpf / reference["tpf"],
         "tpf_with_commits_multiple": best.tpf_with_commits / reference["tpf_with_commits"],
     }
@@ -120,15 +122,15 @@ def _curve(decoded: Sequence[Decoded], arm: str, seed: int, block: int) -> tuple
     return np.array(tpf), np.array(accuracy)
 
 
-def frontier(decoded: Sequence[Decoded], reference: dict[str, float]) -> dict[str, Any]:
-    """Everything, for JSON; arms are compared at the largest block."""
+def frontier(decoded: Sequence[Decoded], reference: dict[str, float], own: Mapping[str, float]) -> dict[str, Any]:
+    """Everything, for JSON; arms are compared at the largest block. ``own``: `experiment_summary.own_accuracies`."""
     rows = frontier_rows(decoded)
     arms = list(dict.fromkeys(row.arm for row in rows))
     top = max((row.block for row in rows), default=0)
     pairs = [gain(decoded, a, b, top) for i, a in enumerate(arms) for b in arms[i + 1 :]]
     return {
         "rows": [asdict(row) for row in rows],
-        "fastest": {arm: fastest(rows, arm, reference) for arm in arms},
+        "fastest": {arm: fastest(rows, arm, reference, own[arm]) for arm in arms},
         "gains": [pair for pair in pairs if pair],
     }
 
@@ -155,7 +157,8 @@ def frontier_markdown(found: dict[str, Any], labels: dict[str, str]) -> str:
             lines.append(
                 f"- {labels.get(arm, arm)} at B={top} and {best['threshold']:g}: {best['accuracy_kept']:.1%} of the "
                 f"reference's accuracy (worst seed {best['worst_kept']:.1%}) at {best['tpf_multiple']:.2f} times its "
-                f"TPF, with commits {best['tpf_with_commits_multiple']:.2f} times"
+                f"TPF, with commits {best['tpf_with_commits_multiple']:.2f} times; {best['own_kept']:.1%} of the arm's "
+                "own at its smallest block"
             )
     for pair in found["gains"]:
         arm, other = (labels.get(pair[side], pair[side]) for side in ("arm", "other"))

@@ -80,8 +80,10 @@ class Comparison:
     pairs: int
     """Seeds that both have."""
     equal_tokens_gain: float | None
-    """Difference of mean accuracies at the smaller learner-token budget of the two, where both were evaluated at that
-    block by then; during training that is on fewer problems."""
+    """Difference of mean accuracies at equal learner tokens: the most at which both were evaluated during training, on
+    the same problems, at that block; linear between evaluations. None where a seed has no such budget."""
+    equal_tokens: float | None
+    """Those tokens, mean over seeds."""
 
 
 def rows(cells: Sequence[CellResult]) -> list[Row]:
@@ -140,13 +142,9 @@ def compare(cells: Sequence[CellResult], arm: str, other: str, block: int) -> Co
     if not seeds:
         return None
     a, b = (np.array([found[seed][0] for seed in seeds]) for found in (mine, theirs))
-    gains = []
-    for seed in seeds:
-        pair = [found[seed][1] for found in (mine, theirs)]
-        tokens = min(cell.budget.get("learner_tokens", 0.0) for cell in pair)
-        left, right = (at_tokens(cell.curve, block, tokens) for cell in pair)
-        if tokens and left is not None and right is not None:
-            gains.append(left - right)
+    equal = [at_equal_tokens(mine[seed][1].curve, theirs[seed][1].curve, block) for seed in seeds]
+    gains = [(tokens, x - y) for tokens, x, y in filter(None, equal)]
+    complete = len(gains) == len(seeds)
     return Comparison(
         arm=arm,
         other=other,
@@ -155,32 +153,56 @@ def compare(cells: Sequence[CellResult], arm: str, other: str, block: int) -> Co
         worst_gain=float(a.min() - b.min()),
         wins=int((a > b).sum()),
         pairs=len(seeds),
-        equal_tokens_gain=float(np.mean(gains)) if len(gains) == len(seeds) else None,
+        equal_tokens_gain=float(np.mean([gain for _, gain in gains])) if complete else None,
+        equal_tokens=float(np.mean([tokens for tokens, _ in gains])) if complete else None,
     )
 
 
-def at_tokens(curve: Sequence[dict[str, float]], block: int, tokens: float) -> float | None:
-    """Accuracy of the last evaluation at a block size that cost at most so many learner tokens; None: there is none
-    but that of the start model."""
-    points = [p for p in curve if p["block"] == block and 0 < p["learner_tokens"] <= tokens]
-    return points[-1]["accuracy"] if points else None
+def at_equal_tokens(
+    curve: Sequence[dict[str, float]], other: Sequence[dict[str, float]], block: int
+) -> tuple[float, float, float] | None:
+    """The largest number of learner tokens that both curves (`budget.read_curve`) reach at a block size, and the
+    accuracy of each there, linear between evaluations during training; None where they have no range in common."""
+    sides = []
+    for points in (curve, other):
+        own = [(p["learner_tokens"], p["accuracy"]) for p in points if p["block"] == block and p["during"]]
+        if not own:
+            return None
+        sides.append(tuple(zip(*own)))
+    (tokens, accuracy), (other_tokens, other_accuracy) = sides
+    most = min(tokens[-1], other_tokens[-1])
+    if most < max(tokens[0], other_tokens[0]):
+        return None
+    return most, float(np.interp(most, tokens, accuracy)), float(np.interp(most, other_tokens, other_accuracy))
 
 
 def kept(table: Sequence[Row], arm: str, reference: str) -> dict[str, float] | None:
-    """An arm at its largest block against the reference at its smallest: share of its accuracy, multiple of its TPF."""
+    """An arm at its largest block against the reference at its smallest: share of its accuracy, multiple of its TPF.
+    ``own_kept``: the share of what the arm itself has at its smallest block."""
     mine = [row for row in table if row.arm == arm]
     base = [row for row in table if row.arm == reference]
     if not mine or not base:
         return None
-    top, start = max(mine, key=lambda r: r.block), min(base, key=lambda r: r.block)
+    top, own, start = max(mine, key=_block), min(mine, key=_block), min(base, key=_block)
     return {
         "block": top.block,
         "reference_block": start.block,
         "accuracy_kept": top.accuracy / max(start.accuracy, 1e-9),
         "worst_kept": top.accuracy_worst / max(start.accuracy, 1e-9),
+        "own_block": own.block,
+        "own_kept": top.accuracy / max(own.accuracy, 1e-9),
         "tpf_multiple": top.tpf / start.tpf,
         "tpf_with_commits_multiple": top.tpf_with_commits / start.tpf_with_commits,
     }
+
+
+def _block(row: Row) -> int:
+    return row.block
+
+
+def own_accuracies(table: Sequence[Row]) -> dict[str, float]:
+    """Of every arm, its mean accuracy at its smallest block."""
+    return {row.arm: row.accuracy for row in sorted(table, key=_block, reverse=True)}
 
 
 def summary(cells: Sequence[CellResult], reference: str) -> dict[str, Any]:
@@ -221,7 +243,8 @@ def markdown(found: dict[str, Any], labels: dict[str, str]) -> str:
     for arm, k in found["kept"].items():
         lines.append(
             f"- {labels.get(arm, arm)} at B={k['block']}: {k['accuracy_kept']:.1%} of the reference's accuracy at "
-            f"B={k['reference_block']} (worst seed {k['worst_kept']:.1%}), {k['tpf_multiple']:.2f} times its TPF"
+            f"B={k['reference_block']} (worst seed {k['worst_kept']:.1%}), {k['tpf_multiple']:.2f} times its TPF; "
+            f"{k['own_kept']:.1%} of its own at B={k['own_block']}"
         )
     for c in found["comparisons"]:
         equal = c["equal_tokens_gain"]
@@ -229,6 +252,6 @@ def markdown(found: dict[str, Any], labels: dict[str, str]) -> str:
             f"- {labels.get(c['arm'], c['arm'])} against {labels.get(c['other'], c['other'])} at B={c['block']}: "
             f"{100 * c['mean_gain']:+.1f} points on the mean, {100 * c['worst_gain']:+.1f} on the worst seed, "
             f"better on {c['wins']} of {c['pairs']} seeds"
-            + ("" if equal is None else f"; {100 * equal:+.1f} points at equal learner tokens")
+            + ("" if equal is None else f"; {100 * equal:+.1f} points at {c['equal_tokens']:,.0f} learner tokens each")
         )
     return "\n".join(lines) + "\n"

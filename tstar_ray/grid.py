@@ -99,6 +99,8 @@ class CellResult:
     """From dispatch to the last verdict."""
     correct: tuple[int, ...]
     """Correct samples of each problem, in order."""
+    scored: tuple[int, ...]
+    """[problems] which of those asked each of them is, from 0."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; read back by `from_dict`."""
@@ -114,6 +116,8 @@ class CellResult:
             "cell": Cell(cell["data"], decoding, cell["samples"]),
             "pass_at": {int(k): v for k, v in values["pass_at"].items()},
             "correct": tuple(values["correct"]),
+            # A file without them tells only where none is missing.
+            "scored": tuple(values.get("scored", range(0 if values["unscored"] else values["problems"]))),
         }
         return cls(**values)
 
@@ -238,6 +242,7 @@ def score(key: str, cell: Cell, collection: Collection, *, model: str, checksum:
         mean_tokens=tokens / len(trajectories),
         seconds=collection.rollout_s + collection.reward_s,
         correct=tuple(correct),
+        scored=tuple(group.group_id for group in collection.groups),
     )
 
 
@@ -318,7 +323,7 @@ def write_results(folder: Path, config: EvaluateConfig, results: Sequence[CellRe
         row = result.to_dict()
         cell = row.pop("cell")
         row["pass_at"] = [{"k": k, "value": v} for k, v in result.pass_at.items()]
-        row["correct"] = list(result.correct)
+        row |= {"correct": list(result.correct), "scored": list(result.scored)}
         rows.append({"data": cell["data"], "samples": cell["samples"], **cell["decoding"], **row})
         rows[-1] |= {"aup": areas[result.cell.curve], "settings": result.cell.label}
     table = pa.Table.from_pylist(rows)

@@ -156,6 +156,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
     reporter.say(
         f"model {config.model.path}; {len(problems.train)} problems to train on, {len(problems.held_out)} held out"
         + (f"; {problems.left_out} left out as too long" if problems.left_out else "")
+        + (f"; {problems.shared} not trained on, as they are held out" if problems.shared else "")
     )
     with ExitStack() as stack:
         logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tstar_ray.budget import read_metrics
 from tstar_ray.config import Config, ConfigError, Stage, load_config
+from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.schedule import Reveals, view
 
 
@@ -31,6 +33,21 @@ class StageSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Alike:
+    """Samples of every group that were decoded in one way, where `rollout.variants` has several."""
+
+    variants: tuple[int, ...]
+    """Sample i is one of them where i modulo ``of`` is one of these."""
+    of: int
+    """Number of variants."""
+    how: str
+    """Which way, to read."""
+
+    def __str__(self) -> str:
+        return f"variant {', '.join(map(str, self.variants))} of {self.of}, {self.how}"
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """One run."""
 
@@ -41,7 +58,8 @@ class RunFolder:
     updates: tuple[dict[str, Any], ...]
     """Records of its updates, in order; see `tstar_ray.record`."""
     evaluations: tuple[dict[str, Any], ...]
-    """Held-out scores: update, block_size, accuracy, low, high, tpf, tpf_with_commits, truncated, mean_tokens."""
+    """Held-out scores: update, during (`tstar_ray.budget.read_metrics`), block_size, accuracy,
+    low, high, tpf, tpf_with_commits, truncated, mean_tokens."""
     result: dict[str, Any] | None
     """`result.json`; None while the run has not ended."""
 
@@ -75,25 +93,23 @@ class RunFolder:
         path = self.folder / "traces" / f"update-{update:05d}.parquet"
         return path if path.is_file() else None
 
-    def reveals(self, updates: Sequence[int], block_size: int) -> Reveals | None:
+    def reveals(self, updates: Sequence[int], block_size: int, alike: Alike | None = None) -> Reveals | None:
         """Blocks of the trajectories of some updates; None where no traces were kept."""
         paths = [path for path in map(self.traces, updates) if path]
-        return read_reveals(paths, block_size) if paths else None
+        return read_reveals(paths, block_size, alike) if paths else None
 
 
 def read_run(folder: Path) -> RunFolder:
     """Read a run folder; raises ConfigError naming what is missing."""
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: no run folder (it has no config.yaml and metrics.jsonl)")
-    records = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        if line.endswith("}"):  # a run that is being written, or was killed, may end in half a line
-            records.append(json.loads(line))
+    records = list(read_metrics(folder / "metrics.jsonl"))
     evaluations = []
     for record in (r for r in records if r["kind"] == "evaluation"):
         values = {k.partition("/")[2]: v for k, v in record.items() if k.startswith("eval_b")}
         block = next(int(k.partition("/")[0].removeprefix("eval_b")) for k in record if k.startswith("eval_b"))
-        evaluations.append({"update": record["update"], "block_size": block, **values})
+        told = {name: record[name] for name in ("update", "during")}
+        evaluations.append({**told, "block_size": block, **values})
     result = folder / "result.json"
     return RunFolder(
         folder=folder.resolve(),
@@ -104,11 +120,35 @@ def read_run(folder: Path) -> RunFolder:
     )
 
 
-def read_reveals(paths: Sequence[Path], block_size: int) -> Reveals:
-    """Blocks of all trajectories in Parquet files of `tstar_ray.traces`; only the columns needed are read."""
+def decoded_alike(config: Config, stage: Stage) -> Alike | None:
+    """The samples of a stage whose schedules can be measured together; None: all of them.
+
+    Of `rollout.variants`: those that decode as the stage says. Where none does, the first whose order is its own choice
+    and those like it; where each forces an order, the first.
+    """
+    variants = config.rollout.variants
+    block, limit = stage.rollout_block, config.rollout.max_new_tokens
+    as_stage = Decoding(block, limit, (), stage.strategy, threshold=stage.threshold)
+    ways = [as_stage.varied(Variant(v.threshold, v.sub_block)) for v in variants]
+    if set(ways) <= {as_stage}:
+        return None
+    way = min(ways, key=lambda w: (w != as_stage, w.order != "learned"))
+    how = f"in sub-blocks of {way.sub_block}" if way.order == "sub_blocks" else f"at threshold {way.threshold:g}"
+    return Alike(
+        tuple(i for i, other in enumerate(ways) if other == way),
+        len(ways),
+        "decoded as the stage says" if way == as_stage else f"decoded {how}: none is as the stage says",
+    )
+
+
+def read_reveals(paths: Sequence[Path], block_size: int, alike: Alike | None = None) -> Reveals:
+    """Blocks of all trajectories in Parquet files of `tstar_ray.traces`, or of those decoded alike; only the columns
+    needed are read."""
     parts = []
     for path in paths:
-        table = pq.read_table(path, columns=["step_map", "prompt_len", "completion_len"])
+        table = pq.read_table(path, columns=["sample", "step_map", "prompt_len", "completion_len"])
+        if alike:
+            table = table.filter(np.isin(table["sample"].to_numpy() % alike.of, alike.variants))
         column = table["step_map"].combine_chunks()
         flat, ends = column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())
         maps = np.split(flat, ends[:-1])

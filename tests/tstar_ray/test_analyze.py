@@ -14,6 +14,7 @@ from tstar_ray.config_evaluate import EvaluateConfig
 from tstar_ray.decoding import Decoding
 from tstar_ray.grid import Cell, Store, score, write_results
 from tstar_ray.problems import Problem
+from tstar_ray.report.stage import stage_figures
 from tstar_ray.run_folder import read_run
 from tstar_ray.schedule import measure, view
 from tstar_ray.traces import write_traces
@@ -70,7 +71,7 @@ def test_a_run_is_read_even_while_it_is_written(run_folder):
     run = read_run(run_folder)
     assert [(s.stage.name, s.updates) for s in run.stages] == [("b4", (1, 2, 3, 4)), ("b8", (5,))]
     assert run.series("rollout/accuracy", run.stages[0]) == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
-    assert run.evaluations == ({"update": 5, "block_size": 8, "accuracy": 0.5, "tpf": 2.0},)
+    assert run.evaluations == ({"update": 5, "during": False, "block_size": 8, "accuracy": 0.5, "tpf": 2.0},)
     assert run.result is None
     assert run.traces(5) is None
     with pytest.raises(ConfigError, match="no run folder"):
@@ -84,6 +85,37 @@ def test_stages_are_measured_at_both_ends(run_folder):
     assert (stage.start.kendall_tau, stage.end.kendall_tau) == (1, -1)
     assert (stage.start.js_stage_start, stage.end.js_stage_start) == (None, 1)
     assert [s.js_stage_start for s in stage.by_update] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("variants", "nonmono", "told"),
+    [
+        ("[{threshold: 0.6}, {}, {sub_block: 4}]", 0.75, "samples: variant 1 of 3, decoded as the stage says"),
+        ("[{sub_block: 4}, {threshold: 0.6}]", 0.75, "samples: variant 1 of 2, decoded at threshold 0.6: none is"),
+        ("[{sub_block: 4}, {sub_block: 2}]", 0, "samples: variant 0 of 2, decoded in sub-blocks of 4: none is"),
+        ("[{}, {sub_block: 8}]", 0.375, ""),
+    ],
+)
+def test_only_samples_that_decode_alike_are_measured_together(tmp_path, capsys, variants, nonmono, told):
+    """At B=8: samples 0, 2 and 4 of a group left to right, 1, 3 and 5 backwards in both halves."""
+    config = load_config(None, ["curriculum.blocks=[8]", "curriculum.updates=[1]", f"rollout.variants={variants}"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    record = {"kind": "update", "update": 1, "stage": "b8", "rollout/accuracy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    forward, backward = [1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 8, 7, 6, 5]
+    made = [trajectory(backward if i % 2 else forward, block_size=8, prompt=8) for i in range(6)]
+    if "{}, {sub_block: 4}" in variants:  # three variants: sample 1 and 4 are as the stage says
+        made[4] = made[1]
+    samples = tuple(Sample(replace(t, sample=i), "", "correct", 1.0) for i, t in enumerate(made))
+    write_traces(tmp_path / "traces" / "update-00001.parquet", [Group(0, Problem("p", "q", "1"), samples)])
+    (stage,) = analyze.analyze_run(read_run(tmp_path))
+    assert (stage.start.nonmono_rate, stage.by_update[0].nonmono_rate) == (nonmono, nonmono)
+    assert analyze.measured_samples([stage]).startswith(told)
+    assert analyze.main([str(tmp_path)]) == 0
+    assert told.partition(":")[0] in capsys.readouterr().out
+    assert json.loads((tmp_path / "analysis.json").read_text())["stages"][0]["samples"] == str(stage.alike or "all")
+    figures = stage_figures(tmp_path, "b8")
+    assert figures["reveals"].get_suptitle().startswith(told)
 
 
 def test_columns_read_alone_equal_whole_trajectories(tmp_path):
@@ -133,6 +165,12 @@ def test_forced_orders_are_compared_in_pairs(tmp_path, capsys):
     (effect,) = analyze.order_effects(results)
     assert (effect.order, effect.accuracy, effect.tpf) == ("left_to_right", -0.5, 0)
     assert effect.error == pytest.approx((1 / 3 / 4) ** 0.5)
+    # Each misses another problem: 0 and 2 are left, with differences 0 and 0.
+    missing = [
+        replace(r, problems=3, unscored=1, scored=scored, correct=tuple(r.correct[i] for i in scored))
+        for r, scored in zip(results, ((0, 2, 3), (0, 1, 2)))
+    ]
+    assert [(e.accuracy, e.error) for e in analyze.order_effects(missing)] == [(0, 0)]
     assert analyze.main([str(tmp_path)]) == 0
     assert "-50.0 points" in capsys.readouterr().out
     document = json.loads((tmp_path / "analysis.json").read_text())

@@ -78,6 +78,19 @@ def test_held_out_problems_come_from_the_end_and_are_never_trained_on(tmp_path, 
     assert not train & held_out
 
 
+def test_what_data_eval_names_is_never_trained_on(tmp_path, tokenizer):
+    sets = load_problem_sets(DataConfig(eval="arithmetic", limit=600), tokenizer, held_out=500)
+    assert sets.held_out == load_problem_sets(DataConfig(), tokenizer, held_out=500).held_out
+    assert not {p.problem.question for p in sets.train} & {p.problem.question for p in sets.held_out}
+    source = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    same = load_problem_sets(DataConfig(train=source, eval=source), tokenizer, held_out=5)
+    assert [p.problem.id for p in same.held_out] == list("01234")
+    assert [p.problem.id for p in same.train] == [str(i) for i in range(5, 20)]
+    assert (same.shared, same.left_out) == (5, 0)
+    with pytest.raises(ConfigError, match="holds out every problem of data.train"):
+        load_problem_sets(DataConfig(train=source, eval=source), tokenizer, held_out=20)
+
+
 def test_too_few_problems_to_hold_any_out(tmp_path, tokenizer):
     data = DataConfig(train=write_jsonl(tmp_path / "a.jsonl", ROWS[:4]))
     with pytest.raises(ConfigError, match="4 problems are too few to hold any out; give data.eval"):

@@ -26,6 +26,7 @@ MODELS = [
     decoded("direct", 2, 0.9, 0.90, 4.0),
     decoded("direct", 2, 0.5, 0.90, 6.0),
 ]
+OWN = {"tstar": 0.95, "direct": 0.8}
 REFERENCE = {"accuracy": 0.6, "tpf": 2.0, "tpf_with_commits": 1.5}
 
 
@@ -41,13 +42,14 @@ def test_rows_are_means_over_the_seeds_of_each_way_to_decode():
 
 def test_the_fastest_is_the_most_parallel_that_keeps_the_accuracy_at_the_largest_block():
     rows = frontier_rows(MODELS)
-    best = fastest(rows, "tstar", REFERENCE)
+    best = fastest(rows, "tstar", REFERENCE, own=0.95)
     assert best["threshold"] == 0.9, "0.55 at 0.5 is less than 97 % of 0.6"
     assert best["accuracy_kept"] == pytest.approx(0.85 / 0.6)
     assert best["worst_kept"] == pytest.approx(0.80 / 0.6)
+    assert best["own_kept"] == pytest.approx(0.85 / 0.95)
     assert (best["tpf_multiple"], best["tpf_with_commits_multiple"]) == (1.5, 1.5)
-    assert fastest(rows, "tstar", REFERENCE | {"accuracy": 0.55 / 0.971})["threshold"] == 0.5
-    assert fastest(rows, "tstar", REFERENCE | {"accuracy": 0.95}) is None
+    assert fastest(rows, "tstar", REFERENCE | {"accuracy": 0.55 / 0.971}, own=0.95)["threshold"] == 0.5
+    assert fastest(rows, "tstar", REFERENCE | {"accuracy": 0.95}, own=0.95) is None
 
 
 def test_curves_are_compared_at_equal_tpf_where_both_reach():
@@ -65,12 +67,13 @@ def test_curves_are_compared_at_equal_tpf_where_both_reach():
 
 
 def test_everything_goes_through_json_and_is_told():
-    found = json.loads(json.dumps(frontier(MODELS, REFERENCE)))
+    found = json.loads(json.dumps(frontier(MODELS, REFERENCE, OWN)))
     text = frontier_markdown(found, {"tstar": "T*"})
     assert "| T* | 55.0%, 4.50 (3.38) | 85.0%, 3.00 (2.25) |" in text
     assert "T* at B=16 and 0.9: 141.7% of the reference's accuracy (worst seed 133.3%) at 1.50 times its TPF" in text
+    assert "89.5% of the arm's own at its smallest block" in text
     assert "T* against direct at equal TPF: -7.5 points on the mean, -30.0 on the seed that gains least" in text
-    hard = frontier_markdown(frontier(MODELS, REFERENCE | {"accuracy": 1.0}), {})
+    hard = frontier_markdown(frontier(MODELS, REFERENCE | {"accuracy": 1.0}, OWN), {})
     assert "tstar: no decoding at B=16 keeps 97% of the accuracy" in hard
 
 
@@ -81,5 +84,7 @@ def test_the_held_out_problems_of_a_run_are_a_data_set():
     assert held_out_set(load_config(None, [])).source == "arithmetic"
     with pytest.raises(ConfigError, match=r"thresholds.0=90: input should be less than or equal to 1"):
         load_settings(ExperimentConfig, None, ["name=x", "arms={a: {}}", "thresholds=[90]"])
+    boxed = held_out_set(load_config(None, ["data.train=t.jsonl", "data.eval=arithmetic"]))
+    assert "boxed" in boxed.template, "the run asks its held-out problems as it asks those it trains on"
     with pytest.raises(ConfigError, match="data.eval is empty, and only the run knows the part of t.jsonl"):
         held_out_set(load_config(None, ["data.train=t.jsonl"]))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tstar_ray.analyze import StageAnalysis
+from tstar_ray.analyze import StageAnalysis, measured_samples
 from tstar_ray.report.summary import BlockScores, Score
 from tstar_ray.report.theme import GRID, HEAT, INK, MUTED, SERIES, style
 from tstar_ray.run_folder import RunFolder
@@ -139,6 +139,8 @@ def heat_maps(stages: Sequence[StageAnalysis]) -> Figure:
     """When each position of a block is revealed: a column a stage, first updates above last ones."""
     with style("heatmaps"):
         figure = Figure(figsize=(min(10.5, 1.2 + 2.6 * len(stages)), 5.2), layout="constrained")
+        if told := measured_samples(stages):
+            figure.suptitle(told, fontsize=8, color=MUTED)
         grid = figure.subplots(2, len(stages), squeeze=False)
         for column, stage in enumerate(stages):
             for row, (schedule, when) in enumerate(((stage.start, "first"), (stage.end, "last"))):

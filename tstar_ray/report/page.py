@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from tstar_ray.analyze import analyze_run
+from tstar_ray.analyze import analyze_run, measured_samples
 from tstar_ray.config import Config, ConfigError
 from tstar_ray.report import figures, theme
 from tstar_ray.report.summary import block_scores, stability
@@ -35,7 +35,7 @@ def write_run_report(folder: Path, *, traces: bool = True) -> Path:
         made["pareto"] = figures.pareto(scores)
     if stages:
         made |= {"heatmaps": figures.heat_maps(stages), "schedule": figures.schedule_lines(stages)}
-    decode, note = load_decoder(run.config.model.path)
+    decode, note = load_decoder(run.config.model)
     viewer = viewer_data(run, decode) if traces else {"texts": [], "updates": []}
     page = render(
         "run.html.j2",
@@ -43,6 +43,7 @@ def write_run_report(folder: Path, *, traces: bool = True) -> Path:
         scores=scores,
         stages=stability(run),
         schedules=stages,
+        measured=measured_samples(stages),
         figures=save_figures(made, folder / "figures"),
         viewer=viewer,
         note=note,

@@ -102,9 +102,9 @@ def _stability(run: RunFolder, span: StageSpan) -> StageStability:
         return run.series(name, span)[1]
 
     accuracy, tpf, stage = values("rollout/accuracy"), values("rollout/tpf"), span.stage
-    held_out = [
-        e["accuracy"] for e in run.evaluations if e["update"] in span.updates and e["block_size"] == stage.train_block
-    ]
+    # The tables at the ends are of other problems.
+    own = [e for e in run.evaluations if e["update"] in span.updates and e["during"]]
+    held_out = [e["accuracy"] for e in own if e["block_size"] == stage.train_block]
     fall, measured = (held_out, "held-out") if len(held_out) > 1 else (accuracy, "rollout")
     return StageStability(
         name=stage.name,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tstar_ray.config import ModelConfig
 from tstar_ray.run_folder import RunFolder
 from tstar_ray.samples import Decode, decoder
 from tstar_ray.traces import read_traces
@@ -21,12 +22,12 @@ UPDATES, PROBLEMS, TOKENS = 14, 6, 120_000
 """Bounds of a page: updates, problems in each, tokens in all."""
 
 
-def load_decoder(model: str) -> tuple[Decode, str]:
+def load_decoder(model: ModelConfig) -> tuple[Decode, str]:
     """How ids become text, and a note where they cannot."""
     from tstar_ray.model import inspect_checkpoint
 
     try:
-        tokenizer, _ = inspect_checkpoint(model)
+        tokenizer, _ = inspect_checkpoint(model.path, mask_token_id=model.mask_token_id)
     except Exception as error:  # a page with ids is better than none
         return lambda ids: "".join(f"⟨{i}⟩" for i in ids), f"tokens are shown as ids: {str(error)[:200]}"
     return decoder(tokenizer), ""

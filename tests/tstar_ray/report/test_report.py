@@ -3,16 +3,17 @@
 import html
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
-from report_runs import NASTY, make_run
+from report_runs import NASTY, evaluation, make_run
 
-from tstar_ray.config import ConfigError
-from tstar_ray.model import inspect_checkpoint
-from tstar_ray.report import write_experiment_report, write_run_report
+from tstar_ray.config import ConfigError, ModelConfig
+from tstar_ray.model import EMBEDDED_FOLDER, inspect_checkpoint
+from tstar_ray.report import figures, write_experiment_report, write_run_report
 from tstar_ray.report.__main__ import main
-from tstar_ray.report.experiment import arm_rows, arm_stability
+from tstar_ray.report.experiment import arm_rows, arm_settings, arm_stability, first_schedules
 from tstar_ray.report.figures import smooth
 from tstar_ray.report.summary import block_scores, stability
 from tstar_ray.report.viewer import PROBLEMS, UPDATES, load_decoder, viewer_data
@@ -109,9 +110,21 @@ def test_the_page_stays_small(tmp_path, monkeypatch):
 
 
 def test_without_its_tokenizer_tokens_are_shown_as_ids(tmp_path):
-    decode, note = load_decoder(str(tmp_path / "gone"))
+    decode, note = load_decoder(ModelConfig(path=str(tmp_path / "gone")))
     assert decode([5, 7]) == "⟨5⟩⟨7⟩"
     assert "shown as ids" in note
+
+
+def test_a_mask_token_that_only_the_settings_name_is_no_obstacle(tmp_path):
+    model = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model")
+    for file, name in (("config.json", "mask_token_id"), ("tokenizer_config.json", "mask_token")):
+        values = json.loads((model / file).read_text())
+        del values[name]
+        (model / file).write_text(json.dumps(values))
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace("<|MASK|>", "<|hole|>"))
+    assert "no mask token" in load_decoder(ModelConfig(path=str(model)))[1]
+    decode, note = load_decoder(ModelConfig(path=str(model), mask_token_id=1))
+    assert (decode([1]), note) == ("<|hole|>", "")
 
 
 def test_stability_of_each_stage_by_hand(tmp_path):
@@ -124,6 +137,15 @@ def test_stability_of_each_stage_by_hand(tmp_path):
     worse = stability(read_run(make_run(tmp_path / "down", gain=-0.3)))
     assert [s.alarm for s in worse] == [True, True]
     assert worse[0].drawdown == pytest.approx(0.3)
+    # Held out on the way, .6 and .6 in the second stage: it did not fall. The table at the end, on others: .2.
+    metrics = tmp_path / "down" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    for update in (8, 6):
+        at = next(i for i, line in enumerate(lines) if f'"update", "update": {update},' in line)
+        lines.insert(at, json.dumps(evaluation(update, 8, 0.6, 3.0)) + "\n")
+    metrics.write_text("".join(lines))
+    second = stability(read_run(tmp_path / "down"))[1]
+    assert (second.drawdown, second.drawdown_of) == (0, "held-out")
     page = write_run_report(tmp_path / "down").read_text()
     assert re.sub(r"\s+", " ", page).count("Faster but worse: in b4, b8") == 1
 
@@ -157,11 +179,22 @@ def test_an_experiment_compares_arms_over_seeds(tmp_path):
     assert (found["tstar"].seeds, found["tstar"].grad_spikes) == (2, 1)
     assert (found["tstar"].samples, found["tstar"].learner_tokens) == (64, 8000)
     assert found["direct"].drawdown == pytest.approx(0.3)
-    page = write_experiment_report(arms, tmp_path / "all", title="A <comparison>").read_text()
+    assert len(first_schedules(runs["tstar"])) == 2
+    extra = {"further": lambda: figures.arms_over_updates(runs)}
+    page = write_experiment_report(
+        arms, tmp_path / "all", title="A <comparison>", said=["1 < 2"], drawn=extra
+    ).read_text()
+    assert "<li>1 &lt; 2</li>" in page
+    assert '<a href="../t1/">../t1</a>' in page
+    shared, own = arm_settings({"a": runs["tstar"][:1], "b": [read_run(make_run(tmp_path / "l", updates=(2, 3)))]})
+    assert shared == [("curriculum.blocks", "[4, 8]")]
+    assert own == [("a", "curriculum.updates", "[4, 4]"), ("b", "curriculum.updates", "[2, 3]")]
     assert "A &lt;comparison&gt;" in page
     assert "1 of 1 seeds of direct" in page
     assert (tmp_path / "all" / "figures" / "armspareto.png").is_file()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 5, "arms, points, the further one, heat-maps of each arm"
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
 
 
 def test_the_command(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from report_runs import make_run
 
-from tstar_ray.report import write_run_report
+from tstar_ray.report import write_experiment_report, write_run_report
 from tstar_ray.traces import read_traces
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -231,3 +231,14 @@ def test_light_and_dark(page):
     assert ground() == before
     inks.append(line.value_of_css_property("fill"))
     assert inks[0] != inks[1], "figures change with the page"
+
+
+def test_the_page_of_an_experiment_stands_alone_and_leads_to_its_runs(browser, folder):
+    write_experiment_report({"one": [folder]}, folder.parent)
+    browser.get((folder.parent / "report.html").as_uri())
+    page = Page(browser, folder)
+    assert all(figure.is_displayed() for figure in page.find("#result svg, #curves svg, #schedule svg"))
+    assert len(page.find("#schedule svg")) == 1
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+    page.click("#runs a")
+    assert page.one("h1").text == folder.name
