@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import make_model, make_trajectory
+from synthetic import VOCABULARY, make_model, make_trajectory
 
 from tstar_ray.config import LearnerConfig
 from tstar_ray.problems import Problem
@@ -72,3 +72,19 @@ def make_trainer_weights():
     from tstar_ray.weights import flatten
 
     return flatten(make_model()).numpy()
+
+
+def shard_everything(monkeypatch):
+    """As with a real model: ZeRO-3 really partitions every parameter, and the LM head takes several chunks."""
+    from learner import backend
+    from tstar_ray import model
+
+    plain = backend._deepspeed_config
+
+    def config(*arguments):
+        found = plain(*arguments)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    monkeypatch.setattr(backend, "_deepspeed_config", config)
+    monkeypatch.setattr(model, "_LOGITS_IN_CHUNK", {False: 16 * VOCABULARY})

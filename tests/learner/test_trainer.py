@@ -7,7 +7,15 @@ import pytest
 import torch
 from ranks import on_ranks
 from synthetic import make_model
-from trainers import assert_same_training, make_groups, make_spec, make_trainer, make_trainer_weights, train
+from trainers import (
+    assert_same_training,
+    make_groups,
+    make_spec,
+    make_trainer,
+    make_trainer_weights,
+    shard_everything,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +47,23 @@ def test_samples_without_advantage_are_not_forwarded_and_nothing_else_changes(ra
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_invariant_3_rank_count_does_not_change_training(one_rank, zero_stage):
     assert_same_training(on_ranks(2, train, zero_stage=zero_stage), one_rank)
+
+
+def test_invariant_3_zero_3_with_partitioned_weights_and_chunks_of_unlike_number(one_rank):
+    found = on_ranks(2, _train_sharded)
+    np.testing.assert_array_equal(found[0], one_rank[0])
+    assert_same_training(found, one_rank)
+
+
+def _train_sharded():
+    with pytest.MonkeyPatch.context() as patch:
+        shard_everything(patch)
+        trainer = make_trainer(zero_stage=3, micro_batch_tokens=128, row_tokens=128, gradient_checkpointing=True)
+        start = trainer.flat_weights().numpy()
+        held = sum(p.numel() for p in trainer._model.parameters())
+        assert held == 0, "weights rest in shards"
+        reports = [trainer.update(make_groups(5, seed=u), make_spec(), update=u) for u in range(2)]
+        return start, trainer.flat_weights().numpy(), [dataclasses.asdict(r) for r in reports]
 
 
 GRID = [(n, s) for n in ("token_mean", "const_len", "per_step_mean", "seq_mean", "paper_sum") for s in (1, 2)]
