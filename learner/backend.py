@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +33,10 @@ _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
 
 class UpdateError(FloatingPointError):
     """An update that is not finite. The weights are those before the optimizer step it would have taken."""
+
+
+class BadGradientError(UpdateError):
+    """The gradient is not finite though every loss was."""
 
 
 class Backend:
@@ -69,24 +74,23 @@ class Backend:
         self.engine.backward(loss * dist.get_world_size())
 
     def step(self, rates: Sequence[float]) -> float:
-        """One optimizer step with a learning rate for each group; returns the gradient norm, NaN if unknown.
+        """One optimizer step with a learning rate for each group; returns the gradient norm before clipping.
 
-        Raises UpdateError where the gradient is not finite, and then takes no step (DeepSpeed alone would
+        Raises BadGradientError where the gradient is not finite, and then takes no step (DeepSpeed alone would
         skip it with a warning, and ZeRO 0 would take it).
         """
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         skipped = self.engine.skipped_steps
-        finite = self._stage > 0 or all(bool(torch.isfinite(g).all()) for g in self._gradients())
+        # ZeRO 0 keeps whole gradients, and DeepSpeed neither looks at them nor knows their norm.
+        whole = [p.grad for p in self.module.parameters() if p.grad is not None] if self._stage == 0 else []
+        norm = float(nn.utils.get_total_norm(whole)) if whole else None
+        finite = norm is None or math.isfinite(norm)
         if finite:
             self.engine.step()
         if not finite or self.engine.skipped_steps > skipped:
-            raise UpdateError("the gradient is not finite though the loss is; no step was taken")
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
+            raise BadGradientError("the gradient is not finite though the loss is; no step was taken")
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def reset_optimizer(self) -> None:
         """Zero the Adam moments and step counts in place."""
