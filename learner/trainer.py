@@ -47,7 +47,8 @@ from tstar_ray.model import BlockDiffusionLM, Checkpoint, Layout
 from tstar_ray.trajectory import Group, Trajectory
 from tstar_ray.weights import flatten, load_flat
 
-_REFERENCE = "reference.safetensors"
+_REFERENCE = "reference-{}.safetensors"
+"""Named after its kind: a run may resume with another."""
 _NAMED = 8
 """Trajectories that an error names at most."""
 
@@ -102,6 +103,10 @@ class Trainer:
     @property
     def _model(self) -> BlockDiffusionLM:
         return self._checkpoint.model
+
+    @property
+    def _reference_file(self) -> str:
+        return _REFERENCE.format(self._config.loss.kl_reference)
 
     def update(self, groups: Sequence[Group], spec: UpdateSpec, *, update: int) -> UpdateReport:
         """Train on complete groups of one block size; every rank is called with the same arguments."""
@@ -348,9 +353,15 @@ class Trainer:
             load_flat(self._reference, self.flat_weights().to(self._model.device))
 
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3."""
+        """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3, where a rank that
+        needs no buffer may call `gather_weights` instead."""
         with self._policy.full_parameters():
             return flatten(self._model, out)
+
+    def gather_weights(self) -> None:
+        """Take part in another rank's `flat_weights`."""
+        with self._policy.full_parameters():
+            pass
 
     def save(self, folder: str | Path) -> None:
         """Write policy, value model, optimizers, step count and the stage's reference for `load`; collective."""
@@ -359,16 +370,23 @@ class Trainer:
         if self._value is not None:
             self._value.save(folder / "value", {})
         if self._reference is not None and self.rank == 0:
-            save_file({"flat": flatten(self._reference)}, folder / _REFERENCE)
+            save_file({"flat": flatten(self._reference)}, folder / self._reference_file)
 
     def load(self, folder: str | Path) -> None:
-        """Continue from `save`, bit for bit at the same rank count; collective."""
+        """Continue from `save`, bit for bit at the same rank count; collective. Raises ValueError where nothing was
+        saved, or not the reference that a KL to the start of the stage needs."""
         folder = Path(folder)
+        reference = folder / self._reference_file
+        if self._reference is not None and self._config.loss.kl_reference == "stage" and not reference.is_file():
+            raise ValueError(
+                f"{folder} holds no KL reference, since it was saved without learner.loss.kl_reference=stage; "
+                "set learner.loss.kl_reference=old or initial"
+            )
         self.optimizer_steps = self._policy.load(folder / "policy")["optimizer_steps"]
         if self._value is not None:
             self._value.load(folder / "value")
-        if self._reference is not None and (folder / _REFERENCE).is_file():
-            load_flat(self._reference, load_file(folder / _REFERENCE)["flat"].to(self._model.device))
+        if self._reference is not None and reference.is_file():
+            load_flat(self._reference, load_file(reference)["flat"].to(self._model.device))
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint (rank 0 writes; collective under ZeRO-3)."""

@@ -49,6 +49,10 @@ def _resume_value(folder):
     trainer.save(folder)
     trainers = [trainer, make_trainer(**settings)]
     trainers[1].load(folder)
+    without = make_trainer(value=settings["value"])
+    without.save(f"{folder}/without")
+    with pytest.raises(ValueError, match="holds no KL reference"):
+        trainers[1].load(f"{folder}/without")
     reports = [t.update(make_groups(3, seed=2), make_spec(), update=2) for t in trainers]
     assert reports[0].kl > 0, "the reference is the policy before the last update"
     return [dataclasses.asdict(dataclasses.replace(r, seconds=0.0)) for r in reports]
