@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from synthetic import VOCABULARY, make_model, make_trajectory
 
 from tstar_ray.config import LearnerConfig
@@ -27,12 +28,12 @@ def make_groups(count, *, size=4, seed=0):
     return groups
 
 
-def make_trainer(**settings):
+def make_trainer(*, dtype=torch.float32, **settings):
     from learner.trainer import Trainer
     from tstar_ray.model import Checkpoint
 
     config = LearnerConfig(**{"lr": 1e-3, "warmup_updates": 0, "micro_batch_tokens": 512, "row_tokens": 256} | settings)
-    return Trainer(Checkpoint(make_model(), tokenizer=None, stop_ids=(0,)), config, seed=1)
+    return Trainer(Checkpoint(make_model().to(dtype), tokenizer=None, stop_ids=(0,)), config, seed=1)
 
 
 def make_spec(**changes):

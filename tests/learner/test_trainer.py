@@ -18,6 +18,8 @@ from trainers import (
     train,
 )
 
+from tstar_ray.checkpoint import link_tree, read_checkpoint, write_checkpoint
+
 
 @pytest.fixture(scope="module")
 def one_rank():
@@ -166,36 +168,42 @@ def _bridge():
     return dataclasses.asdict(make_trainer().update(make_groups(4), spec, update=0))
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_resume_at_another_rank_count_through_the_universal_format(tmp_path, zero_stage):
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "near"), [(1, torch.float32, 1e-4), (3, torch.float32, 1e-4), (1, torch.bfloat16, 0.1)]
+)
+def test_resume_at_another_rank_count_through_the_universal_format(tmp_path, zero_stage, dtype, near):
     """Two ranks train and save; one rank goes on; the result is that of two ranks going on."""
-    straight = on_ranks(2, _train_and_save, folder=str(tmp_path), zero_stage=zero_stage)
-    resumed = on_ranks(1, _load_and_train, folder=str(tmp_path), zero_stage=zero_stage)
-    again = on_ranks(2, _load_and_train, folder=str(tmp_path), zero_stage=zero_stage)
+    saved, root, settings = tmp_path / "saved", tmp_path / "checkpoints", {"zero_stage": zero_stage, "dtype": dtype}
+    straight = on_ranks(2, _train_and_save, folder=str(saved), settings=settings)
+    checkpoint = write_checkpoint(root, 2, {}, lambda folder: link_tree(saved, folder / "learner"), keep=1)
+    resumed = on_ranks(1, _load_and_train, folder=str(checkpoint / "learner"), settings=settings)
+    read_checkpoint(checkpoint)
+    assert list(root.iterdir()) == [checkpoint], "it is as it was, and nothing is left beside it"
+    again = on_ranks(2, _load_and_train, folder=str(checkpoint / "learner"), settings=settings)
     np.testing.assert_array_equal(again, straight)
     assert np.abs(straight).max() > 0
-    assert np.linalg.norm(resumed - straight) < 1e-4 * np.linalg.norm(straight - _start_weights())
+    assert np.linalg.norm(resumed - straight) < near * np.linalg.norm(straight - _start_weights())
 
 
 def _start_weights():
     return torch.cat([p.detach().reshape(-1) for p in make_model().parameters()]).numpy()
 
 
-def _train_and_save(folder, zero_stage):
-    trainer = make_trainer(zero_stage=zero_stage)
+def _train_and_save(folder, settings):
+    trainer = make_trainer(**settings)
     for u in range(2):
         trainer.update(make_groups(3, seed=u), make_spec(), update=u)
     trainer.save(folder)
     trainer.update(make_groups(3, seed=2), make_spec(), update=2)
-    return trainer.flat_weights().numpy()
+    return trainer.flat_weights().float().numpy()
 
 
-def _load_and_train(folder, zero_stage):
-    trainer = make_trainer(zero_stage=zero_stage)
+def _load_and_train(folder, settings):
+    trainer = make_trainer(**settings)
     trainer.load(folder)
     assert trainer.optimizer_steps == 2
     trainer.update(make_groups(3, seed=2), make_spec(), update=2)
-    return trainer.flat_weights().numpy()
+    return trainer.flat_weights().float().numpy()
 
 
 @pytest.mark.parametrize(("zero_stage", "offload"), [(2, "optimizer"), (3, "all")])
@@ -385,13 +393,27 @@ def test_export_opens_with_plain_transformers_under_zero_3(tmp_path):
 
 
 def _export(folder):
+    """As the learner's ranks publish and export."""
     from pathlib import Path
+
+    from learner.group import LearnerRank
 
     trainer = make_trainer(zero_stage=3)
     trainer._checkpoint = dataclasses.replace(trainer._checkpoint, tokenizer=_NoTokenizer())
     trainer.update(make_groups(2), make_spec(), update=0)
     trainer.export(Path(folder))
-    return trainer.flat_weights().numpy()
+    rank = LearnerRank(trainer.rank, None, None, threads=1, seed=1, weights=_Sink())
+    rank._trainer = trainer
+    flat = rank.publish(3)
+    if trainer.rank == 0:
+        return flat.numpy()
+    assert flat is rank._flat is None, "rank 0 alone holds the weights"
+
+
+class _Sink:
+    def publish(self, flat, version):
+        """What was published."""
+        return flat
 
 
 class _NoTokenizer:
