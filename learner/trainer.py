@@ -36,7 +36,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from learner.backend import Backend, BadGradientError, UpdateError
-from learner.credit import credit, gae
+from learner.credit import credit, token_credit
 from learner.layout import WIDTH_MULTIPLE, forward_inputs
 from learner.modules import Policy, ValueModel
 from learner.objective import importance, kl_terms, token_terms, value_terms
@@ -217,14 +217,9 @@ class Trainer:
         if not sizes:
             return replace(share, values=values, returns=values)
         before = torch.cat(values[: len(sizes)])
-        sample, step, reward = (share.joined(column) for column in ("sample", "step", "advantage"))
-        advantage, target = torch.empty(len(before)), torch.empty(len(before))
-        numbers = before.double().cpu().numpy()
-        for one in sample.unique():
-            where = sample == one
-            earned = float(reward[where][0])
-            pair = gae(numbers[where.numpy()], step[where].numpy(), earned, gamma=config.gamma, lam=config.lam)
-            advantage[where], target[where] = (torch.from_numpy(x).float() for x in pair)
+        columns = (share.joined(column).numpy() for column in ("sample", "step", "advantage"))
+        pair = token_credit(before.double().cpu().numpy(), *columns, gamma=config.gamma, lam=config.lam)
+        advantage, target = (torch.from_numpy(found).float() for found in pair)
         target = target.to(before)
         residual = target - before
         sums.add(returns=target.sum(), returns2=target.square().sum())
