@@ -10,8 +10,9 @@ and noisy position, all rows padded to the longest prompt and the longest answer
 all compute the same gradient; `gradient_difference` shows it. None spends a pass on old log-probs (the published
 code does).
 
-Every case runs in a process of its own, so that its peak memory is its own. Memory is what the gradient adds to
-the resident model.
+Every case runs in a process of its own. Memory is the most that the gradient holds beside the resident model and its
+gradients, counted by the allocator: on CPU by PyTorch's profiler in a second pass that is not timed, since what a
+process has resident depends on what malloc keeps.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 
 from benchmarks.shapes import PUBLISHED_TPF, add_model_arguments, device_name, make_model, make_traces
@@ -150,7 +152,7 @@ def measure(arguments: argparse.Namespace, scheme: str, traces: Path) -> dict:
         torch.cuda.reset_peak_memory_stats()
     for parameter in model.parameters():
         parameter.grad.zero_()
-    before = _memory_mb(cuda, peak=False)
+    before = torch.cuda.memory_allocated() if cuda else 0
     start = time.perf_counter()
     tokens = run(model, trajectories, arguments)
     if cuda:
@@ -159,10 +161,12 @@ def measure(arguments: argparse.Namespace, scheme: str, traces: Path) -> dict:
     result = {
         "seconds": seconds / len(trajectories),
         "forwarded_tokens": tokens / len(trajectories),
-        "peak_mb": _memory_mb(cuda, peak=True) - before,
+        "peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0,
         # Enough of the gradient to compare schemes by.
         "gradient": model.hf.model.layers[0].self_attn.q_proj.weight.grad.float().flatten()[:4096].cpu().tolist(),
     }
+    if not cuda:
+        result["peak_mb"] = peak_bytes(lambda: run(model, trajectories, arguments)) / 2**20
     if cuda:
         body = sum(p.numel() for p in model.hf.model.layers.parameters())
         result["flops_share"] = 8 * body * tokens / seconds / (arguments.peak_tflops * 1e12)  # 2 + 4, and 2 again
@@ -258,13 +262,13 @@ def dense_gradient(
     return forwarded
 
 
-def _memory_mb(cuda: bool, *, peak: bool) -> float:
-    if cuda:
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of host memory that PyTorch held at a time during ``work``, beyond those it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.device_type() == DeviceType.CPU]
+    return max(0, *itertools.accumulate(changes))
 
 
 if __name__ == "__main__":

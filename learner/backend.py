@@ -4,7 +4,8 @@ Micro-batches vary in number, so the accumulation boundary is set by hand. The o
 DeepSpeed's own are compiled at start-up, which needs a compiler that a laptop or a container may not have.
 
 Checkpoints are DeepSpeed's. At the rank count that wrote them they continue bit for bit; at another one rank 0
-converts them to DeepSpeed's universal format first.
+converts them to DeepSpeed's universal format first, in a folder beside the run checkpoint that is removed after
+loading: every rank sees it, as it sees the checkpoint, and what is inside a checkpoint never changes (invariant 9).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tstar_ray.checkpoint import MANIFEST
 from tstar_ray.config import LearnerConfig
 
 _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
@@ -32,6 +35,10 @@ _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
 
 class UpdateError(FloatingPointError):
     """An update that is not finite. The weights are those before the optimizer step it would have taken."""
+
+
+class BadGradientError(UpdateError):
+    """The gradient is not finite though every loss was."""
 
 
 class Backend:
@@ -50,12 +57,13 @@ class Backend:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config=_deepspeed_config(config, first.dtype),
-        )
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its memory
+            self.engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                dist_init_required=False,
+                config=_deepspeed_config(config, first.dtype),
+            )
         self.engine.train()
         self._gathered = deepspeed.zero.GatheredParameters
 
@@ -69,24 +77,23 @@ class Backend:
         self.engine.backward(loss * dist.get_world_size())
 
     def step(self, rates: Sequence[float]) -> float:
-        """One optimizer step with a learning rate for each group; returns the gradient norm, NaN if unknown.
+        """One optimizer step with a learning rate for each group; returns the gradient norm before clipping.
 
-        Raises UpdateError where the gradient is not finite, and then takes no step (DeepSpeed alone would
+        Raises BadGradientError where the gradient is not finite, and then takes no step (DeepSpeed alone would
         skip it with a warning, and ZeRO 0 would take it).
         """
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         skipped = self.engine.skipped_steps
-        finite = self._stage > 0 or all(bool(torch.isfinite(g).all()) for g in self._gradients())
+        # ZeRO 0 keeps whole gradients, and DeepSpeed neither looks at them nor knows their norm.
+        whole = [p.grad for p in self.module.parameters() if p.grad is not None] if self._stage == 0 else []
+        norm = float(nn.utils.get_total_norm(whole)) if whole else None
+        finite = norm is None or math.isfinite(norm)
         if finite:
             self.engine.step()
         if not finite or self.engine.skipped_steps > skipped:
-            raise UpdateError("the gradient is not finite though the loss is; no step was taken")
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
+            raise BadGradientError("the gradient is not finite though the loss is; no step was taken")
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def reset_optimizer(self) -> None:
         """Zero the Adam moments and step counts in place."""
@@ -109,19 +116,19 @@ class Backend:
         """Write weights, optimizer and ``state``."""
         self.engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tstar_ray": state})
         if dist.get_rank() == 0:
-            shutil.rmtree(folder / _UNIVERSAL, ignore_errors=True)  # of what was saved here before
             (folder / _WORLD).write_text(json.dumps(dist.get_world_size()))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from `save`; returns its ``state``. Raises ValueError where nothing was saved."""
-        tag, file = _TAG, folder / _WORLD
+        file = folder / _WORLD
         if not file.is_file():
             raise ValueError(f"{folder} holds no learner state")
-        if self._stage and json.loads(file.read_text()) != dist.get_world_size():
-            tag = _UNIVERSAL
-            if dist.get_rank() == 0:
-                _convert(folder)
-            dist.barrier()
+        if not self._stage or json.loads(file.read_text()) == dist.get_world_size():
+            return self._load(folder, _TAG)
+        with _universal(folder) as converted:
+            return self._load(converted, _UNIVERSAL)
+
+    def _load(self, folder: Path, tag: str) -> dict[str, Any]:
         self.engine._config.load_universal_checkpoint = tag == _UNIVERSAL
         path, state = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
@@ -129,19 +136,38 @@ class Backend:
         return state["tstar_ray"]
 
 
-def _convert(folder: Path) -> None:
-    """To DeepSpeed's universal format, beside the original."""
-    if (folder / _UNIVERSAL).is_dir():
-        return
+@contextlib.contextmanager
+def _universal(folder: Path) -> Iterator[Path]:
+    """A folder that holds the state in DeepSpeed's universal format as long as this is open; collective.
+
+    Its name is that of the state, so that what a killed process left is replaced. Raises ValueError on all ranks where
+    the conversion fails.
+    """
+    checkpoint = next((p for p in (folder, *folder.parents) if (p / MANIFEST).is_file()), folder)
+    name = "-".join((checkpoint.name, *folder.relative_to(checkpoint).parts))
+    converted = checkpoint.parent / f".{_UNIVERSAL}-{name}"
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        problem = [_convert(folder, converted)]
+    dist.broadcast_object_list(problem)
+    try:
+        if problem[0]:
+            raise ValueError(f"{folder} cannot be converted for another rank count: {problem[0]}")
+        yield converted
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+
+
+def _convert(folder: Path, converted: Path) -> str | None:
+    """Write ``converted``; returns what went wrong."""
+    shutil.rmtree(converted, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    unfinished = folder / f"{_UNIVERSAL}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    command += ["--input_folder", str(folder / _TAG), "--output_folder", str(unfinished)]
+    command += ["--input_folder", str(folder / _TAG), "--output_folder", str(converted / _UNIVERSAL)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{folder} cannot be converted for another rank count: {done.stderr.strip()[-500:]}")
-    unfinished.rename(folder / _UNIVERSAL)
+    return (done.stderr.strip()[-500:] or f"exit code {done.returncode}") if done.returncode else None
 
 
 def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -150,7 +176,8 @@ def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, An
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    bf16 = dtype == torch.bfloat16
+    settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.grad_clip,
@@ -158,8 +185,13 @@ def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, An
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # The gradient of a weight is freed once it is added to the sum.
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
     }
+    if bf16 and config.fp32_gradients:
+        # In bf16 a sum over many micro-batches stops growing: 256 + 1 is 256.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def import_deepspeed(device: torch.device) -> Any:

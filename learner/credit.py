@@ -98,3 +98,16 @@ def gae(
     token_returns = rewards[step] + gamma * returns[later]
     advantages = rewards[step] - values + gamma * following[later] + gamma * lam * ahead[later]
     return advantages, token_returns
+
+
+def token_credit(
+    values: Floats, sample: NDArray[np.integer], step: NDArray[np.integer], reward: Floats, *, gamma: float, lam: float
+) -> tuple[Floats, Floats]:
+    """`gae` of the tokens of several whole samples, in any order; all [M], ``reward`` that of the token's sample."""
+    advantages, returns = np.empty(len(values)), np.empty(len(values))
+    for one in np.unique(sample):
+        where = sample == one
+        advantages[where], returns[where] = gae(
+            values[where], step[where], float(reward[where][0]), gamma=gamma, lam=lam
+        )
+    return advantages, returns

@@ -109,9 +109,11 @@ class LearnerRank:
         return result if self._rank == 0 else None
 
     def publish(self, version: int) -> Any:
-        """Gather the weights; rank 0 stores them and describes what it stored."""
+        """Gather the weights; rank 0 alone copies them to a buffer, stores it and describes what it stored."""
+        if self._rank:
+            return self._trainer.gather_weights()
         self._flat = self._trainer.flat_weights(self._flat)
-        return self._weights.publish(self._flat, version) if self._rank == 0 else None
+        return self._weights.publish(self._flat, version)
 
 
 class LearnerGroup:

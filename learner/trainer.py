@@ -7,7 +7,8 @@
 Every rank gets the same groups and derives the same shares, so nothing but gradients and a handful of sums is
 exchanged. Ranks run equally many micro-batches (short ones pad with an empty one), so uneven data cannot
 deadlock a collective. The loss of a mini-batch is one sum over ranks and micro-batches, whatever the split
-(invariant 3).
+(invariant 3). What is defined over a whole sample (credit of its tokens, sequence weights) is computed before the
+loss, over all micro-batches that hold pieces of it.
 
 **Old policy.** With one optimizer step a batch the ratio is 1 and no pass is spent on it. With several, the
 old log-probs of the first mini-batch are its own (ratio exactly 1) and those of the others come from one pass
@@ -27,14 +28,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from learner.backend import Backend, UpdateError
-from learner.credit import credit, gae
+from learner.backend import Backend, BadGradientError, UpdateError
+from learner.credit import credit, token_credit
 from learner.layout import WIDTH_MULTIPLE, forward_inputs
 from learner.modules import Policy, ValueModel
 from learner.objective import importance, kl_terms, token_terms, value_terms
@@ -45,7 +47,10 @@ from tstar_ray.model import BlockDiffusionLM, Checkpoint, Layout
 from tstar_ray.trajectory import Group, Trajectory
 from tstar_ray.weights import flatten, load_flat
 
-_REFERENCE = "reference.safetensors"
+_REFERENCE = "reference-{}.safetensors"
+"""Named after its kind: a run may resume with another."""
+_NAMED = 8
+"""Trajectories that an error names at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,17 @@ class _Share:
     """[M] of each micro-batch, before the update; empty without a value model, as ``returns``."""
     returns: list[torch.Tensor]
     """[M] what values are trained to."""
+    weights: list[torch.Tensor]
+    """[M] of each micro-batch, importance of sequences; empty where none is cut: the loss then computes it."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Targets of each micro-batch that is no padding."""
+        return [len(batch.targets) for batch in self.batches if batch is not None]
+
+    def joined(self, column: str) -> torch.Tensor:
+        """A column of all micro-batches, one after the other."""
+        return torch.cat([getattr(batch, column) for batch in self.batches if batch is not None])
 
 
 class Trainer:
@@ -88,6 +104,10 @@ class Trainer:
     def _model(self) -> BlockDiffusionLM:
         return self._checkpoint.model
 
+    @property
+    def _reference_file(self) -> str:
+        return _REFERENCE.format(self._config.loss.kl_reference)
+
     def update(self, groups: Sequence[Group], spec: UpdateSpec, *, update: int) -> UpdateReport:
         """Train on complete groups of one block size; every rank is called with the same arguments."""
         start = time.perf_counter()
@@ -98,22 +118,31 @@ class Trainer:
             for sample, advantage in zip(group.samples, credit(group, self._config.loss, spec.objective))
         ]
         order = np.random.default_rng([self._seed, update]).permutation(len(samples))
-        parts = np.array_split(order, spec.steps or self._config.steps_per_update)
+        # Filtering may leave fewer samples than steps.
+        steps = spec.steps or self._config.steps_per_update
+        parts = [part for part in np.array_split(order, steps) if len(part)]
         has_value = self._config.value.kind != "none"
         # In a batch's only step the policy is its own reference: what has no advantage has no gradient.
         skip = len(parts) == 1 and self._reference is None and not has_value
         shares = [self._share([samples[i] for i in part], spec, skip_idle=skip) for part in parts]
-        sums, grad_norm, rate = Sums(), 0.0, 0.0
+        sums, norms, rate = Sums(), [], 0.0
         if has_value:
             shares = [self._assign_credit(share, temperature, sums) for share in shares]
         old = [None, *(self._logprobs(share, temperature) for share in shares[1:])]
-        for share, old_logprobs in zip(shares, old):
-            norm, rate = self._optimizer_step(share, old_logprobs, temperature, spec, sums)
-            grad_norm = max(grad_norm, norm)
+        if spec.correction == "sequence" and any(len(s.ids) > self._config.micro_batch_tokens for s in samples):
+            shares = [self._weigh_sequences(share, before, temperature) for share, before in zip(shares, old)]
+        for share, part, old_logprobs in zip(shares, parts, old):
+            try:
+                norm, rate = self._optimizer_step(share, old_logprobs, temperature, spec, sums)
+            except BadGradientError as error:
+                named = ", ".join(samples[i].label for i in part[:_NAMED])
+                more = f" and {len(part) - _NAMED} more" if len(part) > _NAMED else ""
+                raise UpdateError(f"{error}; in optimizer step {self.optimizer_steps}: {named}{more}") from error
+            norms.append(norm)
         sums.reduce(self._model.device)
         return sums.report(
             lr=rate,
-            grad_norm=grad_norm,
+            grad_norm=float(np.max(norms)),
             steps=len(shares),
             samples=len(samples),
             seconds=time.perf_counter() - start,
@@ -161,9 +190,9 @@ class Trainer:
                 width_multiple=WIDTH_MULTIPLE if cuda else 1,
             )
         ]
-        most = torch.tensor(len(batches), device=self._model.device)
+        most = torch.tensor(max(1, len(batches)), device=self._model.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return _Share(batches + [None] * (int(most) - len(batches)), [samples[i] for i in mine], [], [])
+        return _Share(batches + [None] * (int(most) - len(batches)), [samples[i] for i in mine], [], [], [])
 
     def _inputs(
         self, batch: MicroBatch | None
@@ -181,30 +210,45 @@ class Trainer:
     def _assign_credit(self, share: _Share, temperature: float, sums: Sums) -> _Share:
         """Values before the update, and with them advantages and returns of every token."""
         config = self._config.value
-        batches: list[MicroBatch | None] = []
-        values: list[torch.Tensor] = []
-        returns: list[torch.Tensor] = []
+        values = []
         for batch in share.batches:
             inputs = self._inputs(self._on_device(batch))
-            found = self._policy(*inputs, temperature)[2] if self._value is None else self._value(*inputs[:4])
-            values.append(found)
-            if batch is None:
-                batches.append(None)
-                returns.append(found)
-                continue
-            advantage, target = torch.empty(len(found)), torch.empty(len(found))
-            numbers = found.double().cpu().numpy()
-            for sample in batch.sample.unique():
-                where = batch.sample == sample
-                steps, reward = batch.step[where].numpy(), float(batch.advantage[where][0])
-                pair = gae(numbers[where.numpy()], steps, reward, gamma=config.gamma, lam=config.lam)
-                advantage[where], target[where] = (torch.from_numpy(x).float() for x in pair)
-            batches.append(replace(batch, advantage=advantage))
-            returns.append(target.to(found))
-            residual = returns[-1] - found
-            sums.add(returns=target.sum(), returns2=target.square().sum())
-            sums.add(residual=residual.sum(), residual2=residual.square().sum())
-        return replace(share, batches=batches, values=values, returns=returns)
+            values.append(self._policy(*inputs, temperature)[2] if self._value is None else self._value(*inputs[:4]))
+        sizes = share.sizes
+        if not sizes:
+            return replace(share, values=values, returns=values)
+        before = torch.cat(values[: len(sizes)])
+        columns = (share.joined(column).numpy() for column in ("sample", "step", "advantage"))
+        pair = token_credit(before.double().cpu().numpy(), *columns, gamma=config.gamma, lam=config.lam)
+        advantage, target = (torch.from_numpy(found).float() for found in pair)
+        target = target.to(before)
+        residual = target - before
+        sums.add(returns=target.sum(), returns2=target.square().sum())
+        sums.add(residual=residual.sum(), residual2=residual.square().sum())
+        parts = iter(advantage.split(sizes))
+        batches = [batch and replace(batch, advantage=next(parts)) for batch in share.batches]
+        return replace(share, batches=batches, values=values, returns=[*target.split(sizes), *values[len(sizes) :]])
+
+    def _weigh_sequences(self, share: _Share, old: Sequence[torch.Tensor] | None, temperature: float) -> _Share:
+        """Importance weights of whole sequences; collective where ``old`` log-probs are not known yet."""
+        logprobs, sizes = self._logprobs(share, temperature) if old is None else old, share.sizes
+        if not sizes:
+            return share
+        known = torch.cat([*logprobs[: len(sizes)]])
+        columns = [share.joined(column).to(known.device) for column in ("recorded", "sample", "step")]
+        return replace(share, weights=[*self._importance(known, *columns, level="sequence").split(sizes)])
+
+    def _importance(
+        self,
+        old: torch.Tensor,
+        recorded: torch.Tensor,
+        sample: torch.Tensor,
+        step: torch.Tensor,
+        *,
+        level: Literal["token", "step", "sequence"],
+    ) -> torch.Tensor:
+        correction = self._config.loss.correction
+        return importance(old, recorded, sample, step, level=level, mode=correction.mode, bound=correction.bound)
 
     def _optimizer_step(
         self, share: _Share, old: Sequence[torch.Tensor] | None, temperature: float, spec: UpdateSpec, sums: Sums
@@ -222,7 +266,8 @@ class Trainer:
                 value_loss = values.sum() * 0.0
             else:
                 before = new.detach() if old is None else old[i]
-                loss = self._policy_loss(new, before, batch, inputs, temperature, spec, share, sums)
+                weight = share.weights[i] if share.weights else None
+                loss = self._policy_loss(new, before, weight, batch, inputs, temperature, spec, share, sums)
                 value_loss = values.new_zeros(())
                 sums.add(entropy=entropy.sum(), targets=len(new), forwarded=batch.tokens)
                 if share.values:
@@ -247,6 +292,7 @@ class Trainer:
         self,
         new: torch.Tensor,
         old: torch.Tensor,
+        weight: torch.Tensor | None,
         batch: MicroBatch,
         inputs: tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor, torch.Tensor],
         temperature: float,
@@ -255,20 +301,12 @@ class Trainer:
         sums: Sums,
     ) -> torch.Tensor:
         config = self._config.loss
-        reference = weight = None
+        reference = None
         if self._reference is not None:
             with torch.no_grad():
                 reference = self._reference(*inputs, temperature)[0]
-        if spec.correction != "none":
-            weight = importance(
-                old,
-                batch.recorded,
-                batch.sample,
-                batch.step,
-                level=spec.correction,
-                mode=config.correction.mode,
-                bound=config.correction.bound,
-            )
+        if spec.correction != "none" and weight is None:
+            weight = self._importance(old, batch.recorded, batch.sample, batch.step, level=spec.correction)
         terms = token_terms(
             new,
             old,
@@ -311,9 +349,15 @@ class Trainer:
             load_flat(self._reference, self.flat_weights().to(self._model.device))
 
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3."""
+        """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3, where a rank that
+        needs no buffer may call `gather_weights` instead."""
         with self._policy.full_parameters():
             return flatten(self._model, out)
+
+    def gather_weights(self) -> None:
+        """Take part in another rank's `flat_weights`."""
+        with self._policy.full_parameters():
+            pass
 
     def save(self, folder: str | Path) -> None:
         """Write policy, value model, optimizers, step count and the stage's reference for `load`; collective."""
@@ -322,16 +366,23 @@ class Trainer:
         if self._value is not None:
             self._value.save(folder / "value", {})
         if self._reference is not None and self.rank == 0:
-            save_file({"flat": flatten(self._reference)}, folder / _REFERENCE)
+            save_file({"flat": flatten(self._reference)}, folder / self._reference_file)
 
     def load(self, folder: str | Path) -> None:
-        """Continue from `save`, bit for bit at the same rank count; collective."""
+        """Continue from `save`, bit for bit at the same rank count; collective. Raises ValueError where nothing was
+        saved, or not the reference that a KL to the start of the stage needs."""
         folder = Path(folder)
+        reference = folder / self._reference_file
+        if self._reference is not None and self._config.loss.kl_reference == "stage" and not reference.is_file():
+            raise ValueError(
+                f"{folder} holds no KL reference, since it was saved without learner.loss.kl_reference=stage; "
+                "set learner.loss.kl_reference=old or initial"
+            )
         self.optimizer_steps = self._policy.load(folder / "policy")["optimizer_steps"]
         if self._value is not None:
             self._value.load(folder / "value")
-        if self._reference is not None and (folder / _REFERENCE).is_file():
-            load_flat(self._reference, load_file(folder / _REFERENCE)["flat"].to(self._model.device))
+        if self._reference is not None and reference.is_file():
+            load_flat(self._reference, load_file(reference)["flat"].to(self._model.device))
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint (rank 0 writes; collective under ZeRO-3)."""

@@ -56,9 +56,9 @@ def test_a_whole_run_walks_through_its_stages_and_says_so(full):
 
 
 def test_an_update_replays_alone_from_its_saved_trajectories(full, tmp_path):
-    """The first update of the run again, without actors: the same loss from the same start."""
+    """The first update of the run again, without actors: the same loss from the same start, and no bridge's."""
     folder, _ = full
-    settings = [*SMALL, "learner.ranks=2", "learner.steps_per_update=2"]
+    settings = [*SMALL, "curriculum.bridge_updates=1", "learner.ranks=2", "learner.steps_per_update=2"]
     traces = folder / "traces" / "update-00001.parquet"
     _, output = run(tmp_path, *settings, f"learner.replay={traces}")
     report, first = json.loads(output[output.index("{") : output.rindex("}") + 1]), records(folder)[0]

@@ -5,8 +5,10 @@ import shlex
 
 import pytest
 import yaml
+from trainers import make_groups
 
 from tstar_ray import evaluate, run
+from tstar_ray.traces import Origin, write_traces
 
 ROW = '{"question": "1+1", "answer": "2"}\n'
 
@@ -38,6 +40,7 @@ def place(tmp_path_factory):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / file).write_text(content)
     (folder / "nothing").mkdir()
+    write_traces(folder / "good.parquet", make_groups(1), Origin("b4", 3))
     return folder
 
 
@@ -101,6 +104,11 @@ MISTAKES = [
     ("data.max_prompt_tokens=2", "data.train: no problem is left; 8704 prompts exceed data.max_prompt_tokens=2"),
     ("learner.replay=P/none.parquet", "learner.replay=P/none.parquet: no such file"),
     ("learner.replay=P/text.parquet", "learner.replay=P/text.parquet: not readable as trajectories"),
+    (
+        "learner.replay=P/good.parquet run.resume=P/nowhere",
+        "P/nowhere/checkpoints: no valid checkpoint of update 3 or before to resume from",
+    ),
+    ("learner.replay=P/good.parquet run.resume=auto run.name=", "run.resume=auto needs run.name"),
     # cluster
     ("cluster.address=127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
     ("cluster.address=nonsense", "cluster.address or RAY_ADDRESS is 'nonsense'; write HOST:PORT"),

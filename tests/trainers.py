@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from synthetic import make_model, make_trajectory
+import torch
+from synthetic import VOCABULARY, make_model, make_trajectory
 
 from tstar_ray.config import LearnerConfig
 from tstar_ray.problems import Problem
@@ -27,12 +28,12 @@ def make_groups(count, *, size=4, seed=0):
     return groups
 
 
-def make_trainer(**settings):
+def make_trainer(*, dtype=torch.float32, **settings):
     from learner.trainer import Trainer
     from tstar_ray.model import Checkpoint
 
     config = LearnerConfig(**{"lr": 1e-3, "warmup_updates": 0, "micro_batch_tokens": 512, "row_tokens": 256} | settings)
-    return Trainer(Checkpoint(make_model(), tokenizer=None, stop_ids=(0,)), config, seed=1)
+    return Trainer(Checkpoint(make_model().to(dtype), tokenizer=None, stop_ids=(0,)), config, seed=1)
 
 
 def make_spec(**changes):
@@ -72,3 +73,19 @@ def make_trainer_weights():
     from tstar_ray.weights import flatten
 
     return flatten(make_model()).numpy()
+
+
+def shard_everything(monkeypatch):
+    """As with a real model: ZeRO-3 really partitions every parameter, and the LM head takes several chunks."""
+    from learner import backend
+    from tstar_ray import model
+
+    plain = backend._deepspeed_config
+
+    def config(*arguments):
+        found = plain(*arguments)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    monkeypatch.setattr(backend, "_deepspeed_config", config)
+    monkeypatch.setattr(model, "_LOGITS_IN_CHUNK", {False: 16 * VOCABULARY})

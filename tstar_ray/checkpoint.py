@@ -102,14 +102,18 @@ def read_checkpoint(folder: Path) -> RunCheckpoint:
     return RunCheckpoint(folder, manifest["state"])
 
 
-def newest_checkpoint(root: Path, *, refused: Callable[[str], None]) -> RunCheckpoint:
-    """The newest checkpoint that verifies; those passed over are reported to ``refused``."""
+def newest_checkpoint(root: Path, *, refused: Callable[[str], None], latest: int | None = None) -> RunCheckpoint:
+    """The newest checkpoint that verifies, of update ``latest`` or before; those passed over are reported to
+    ``refused``."""
     for folder in sorted(root.glob("u*"), reverse=True):
+        if latest is not None and folder.name > f"u{latest:05d}":
+            continue
         try:
             return read_checkpoint(folder)
         except CheckpointError as error:
             refused(str(error))
-    raise CheckpointError(f"{root}: no valid checkpoint to resume from")
+    which = "" if latest is None else f" of update {latest} or before"
+    raise CheckpointError(f"{root}: no valid checkpoint{which} to resume from")
 
 
 def _sha256(path: Path) -> str:

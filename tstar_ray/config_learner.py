@@ -103,7 +103,8 @@ class LearnerConfig(Section):
     threads: int = Field(0, ge=0)
     """Compute threads of a rank on CPU; 0: the machine's cores divided by the ranks on it."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. 1 to 3 add up the gradients of micro-batches in fp32, 0 in the model's own dtype, as ZeRO 1
+    and 2 do with offload, where fp32 would not leave the GPU."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer state (ZeRO 1 to 3), or also parameters (ZeRO 3), in the CPU's memory."""
     lr: float = Field(1e-4, gt=0)
@@ -136,12 +137,17 @@ class LearnerConfig(Section):
     """Times within an hour that lost ranks are replaced, and the run continues from its newest checkpoint, before it
     gives up."""
     replay: Path | None = None
-    """Run one update on the trajectories of this Parquet file, print its report, and end: no actors, no run
-    folder. With run.resume it starts from the newest checkpoint of that run."""
+    """Run one update on the trajectories of this Parquet file, as the stage that it names, print its report, and end:
+    no actors, no run folder. With run.resume it starts from that run's newest checkpoint before the update."""
     loss: LossConfig = LossConfig()
     """The objective."""
     value: ValueConfig = ValueConfig()
     """The value model."""
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Gradients of micro-batches are added up in fp32 whatever the model's dtype; see ``zero_stage``."""
+        return self.zero_stage == 3 or (self.zero_stage > 0 and self.offload == "none")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

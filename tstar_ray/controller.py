@@ -40,7 +40,7 @@ from tstar_ray.held_out import HeldOut
 from tstar_ray.record import DASHBOARD, accuracy, update_record
 from tstar_ray.reporter import Reporter
 from tstar_ray.stage_settings import update_spec
-from tstar_ray.traces import write_traces
+from tstar_ray.traces import Origin, write_traces
 from tstar_ray.trajectory import Group
 from tstar_ray.window import Window
 
@@ -182,7 +182,7 @@ class Controller:
                 raise
             except LearnerError as error:
                 kept = self._folder / "failed" / f"update-{self._update + 1:05d}.parquet"
-                write_traces(kept, groups)
+                write_traces(kept, groups, Origin(stage.name, self._update))
                 raise LearnerError(
                     f"{error}\nits trajectories are kept; run the update alone with learner.replay={kept}"
                 ) from error
@@ -306,7 +306,8 @@ class Controller:
         }
         self._reporter.update(self._update, self._update_total(), stage, record)
         if self._config.run.save_traces:
-            write_traces(self._folder / "traces" / f"update-{self._update:05d}.parquet", collection.groups)
+            file = self._folder / "traces" / f"update-{self._update:05d}.parquet"
+            write_traces(file, collection.groups, Origin(stage.name, self._update - 1))
 
     def _update_total(self) -> int:
         """Updates made and at most to come."""

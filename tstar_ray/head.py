@@ -13,6 +13,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
+
+class TargetHead(nn.Linear):
+    """An LM head that can also score targets: one call whatever their number, since ZeRO-3 gathers a weight for calls
+    of its module, and every rank must make the same ones."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> TargetHead:
+        """The same head: it shares the weight."""
+        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, hidden: torch.Tensor, scored: tuple[Any, ...] | None = None) -> Any:
+        """hidden [M, H] -> logits [M, V]; with what `TargetScores` takes after the weight, its result."""
+        return super().forward(hidden) if scored is None else TargetScores.apply(hidden, self.weight, *scored)
 
 
 def log_softmax(

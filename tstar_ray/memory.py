@@ -162,15 +162,16 @@ def learner_parts(
         weights = count * itemsize / (ranks if stage == 3 else 1)
         shard = f"/ {ranks} ranks" if stage == 3 and ranks > 1 else ""
         parts.append(_part(f"{name}weights", weights, f"{count:,} x {itemsize} B {shard}", host=everything))
-        gradient = count * itemsize / (ranks if stage >= 2 else 1)
+        width = 4 if learner.fp32_gradients else itemsize
+        gradient = count * width / (ranks if stage >= 2 else 1)
         shard = f"/ {ranks} ranks" if stage >= 2 and ranks > 1 else ""
-        parts.append(_part(f"{name}gradients", gradient, f"{count:,} x {itemsize} B {shard}"))
+        parts.append(_part(f"{name}gradients", gradient, f"{count:,} x {width} B {shard}"))
         split = ranks if stage else 1
         parts.append(
             _part(
                 f"{name}optimizer",
                 count * 16 / split,
-                f"{count:,} x 16 B (fp32 weights, two Adam moments, the step's gradient)"
+                f"{count:,} x 16 B (fp32 weights, two Adam moments, what a step computes with)"
                 + (f" / {split} ranks" if split > 1 else ""),
                 host=offload,
             )

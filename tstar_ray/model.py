@@ -25,11 +25,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tstar_ray.embedded import EMBEDDED
-from tstar_ray.head import TargetScores, entropy
+from tstar_ray.head import TargetHead
 from tstar_ray.mask_token import add_mask_embedding, add_mask_token
 
 ARCHITECTURES = {
@@ -105,6 +104,7 @@ class BlockDiffusionLM(nn.Module):
         if not 0 <= mask_id < vocabulary:
             raise ValueError(f"mask token id {mask_id} lies outside the model's vocabulary of {vocabulary}")
         hf.config._attn_implementation = "block_diffusion"
+        hf.lm_head = TargetHead.of(hf.lm_head)
         self.hf = hf
         self.mask_id = mask_id
         suppressed = torch.arange(vocabulary) >= token_limit
@@ -156,22 +156,7 @@ class BlockDiffusionLM(nn.Module):
         backward pass, so that a vocabulary of 152k never holds more than one chunk of logits.
         """
         chunk = chunk or max(16, _LOGITS_IN_CHUNK[self.device.type == "cuda"] // len(self.suppressed_V))
-        weight = self.hf.lm_head.weight
-        if not hasattr(weight, "ds_id"):
-            return TargetScores.apply(hidden, weight, targets, self._suppressed_ids, temperature, chunk)
-        # ZeRO-3 gathers a weight for calls of its module only.
-        parts = [
-            checkpoint(self._score, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk))
-        ]
-        logprobs, entropies = zip(*parts)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs.detach())
+        return self.hf.lm_head(hidden, (targets, self._suppressed_ids, temperature, chunk))
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,35 +90,57 @@ def add_report(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def replay_update(config: Config, traces: Path) -> int:
-    """`learner.replay`: one update on saved trajectories, its report printed as JSON."""
+    """`learner.replay`: one update on saved trajectories, its report printed as JSON; what makes it differ from the
+    update in its run is said on stderr."""
     from cluster.placement import plan, wait_ready
     from cluster.session import ClusterError, connect
     from learner.credit import is_trainable
     from learner.group import LearnerError
     from learner.report import report_dict
-    from tstar_ray.checkpoint import newest_checkpoint
+    from tstar_ray.checkpoint import CheckpointError, newest_checkpoint
     from tstar_ray.stage_settings import update_spec
-    from tstar_ray.traces import read_traces
+    from tstar_ray.traces import read_origin, read_traces
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
 
     if not traces.is_file():
         raise ConfigError(f"learner.replay={traces}: no such file")
     try:
-        groups = read_traces(traces)
+        groups, origin = read_traces(traces), read_origin(traces)
     except (OSError, ValueError) as error:
         raise ConfigError(f"learner.replay={traces}: not readable as trajectories: {error}") from error
-    groups = [group for group in groups if is_trainable(group, config.learner.loss)]
     if not groups:
-        raise ConfigError(f"learner.replay={traces}: none of its groups has contrast inside learner.loss.accuracy_band")
+        raise ConfigError(f"learner.replay={traces}: holds no trajectories")
     block = groups[0].samples[0].trajectory.block_size
     stages = [stage for stage in config.curriculum.resolve() if stage.rollout_block == block]
     if not stages:
         raise ConfigError(
             f"learner.replay={traces}: block size {block} is in no stage; set curriculum.blocks=[{block}]"
         )
-    resume, update = config.run.resume, 0
-    checkpoint = newest_checkpoint(resume / "checkpoints", refused=print) if resume else None
+    named = [stage for stage in stages if origin and stage.name == origin.stage]
+    stage = (named or sorted(stages, key=lambda stage: stage.is_bridge))[0]
+    if not named:
+        why = f"no stage is called {origin.stage}" if origin else "the file names none"
+        say(f"trained as stage {stage.name}: {why}")
+    groups = [group for group in groups if is_trainable(group, config.learner.loss, stage.objective)]
+    if not groups:
+        raise ConfigError(
+            f"learner.replay={traces}: stage {stage.name} learns from none of its groups (no contrast, or outside "
+            "learner.loss.accuracy_band)"
+        )
+    resume, update, before = config.run.resume, origin.update if origin else None, 0
+    if resume == Path("auto"):
+        if not config.run.name:
+            raise ConfigError("run.resume=auto needs run.name: the folder to look into is run.dir/run.name")
+        resume = config.run.dir / config.run.name
     try:
         with ExitStack() as stack:
+            checkpoint = newest_checkpoint(resume / "checkpoints", refused=say, latest=update) if resume else None
+            before = checkpoint.state["update"] if checkpoint else 0
+            update = before if update is None else update
+            if before != update:
+                say(f"approximate: from the weights after update {before}; its run had those after update {update}")
             session = stack.enter_context(connect(config.cluster, namespace=f"tstar-replay-{os.getpid()}"))
             placement = plan(config, session.resources)
             learner = _start_learner(config, placement, stack)
@@ -126,10 +148,9 @@ def replay_update(config: Config, traces: Path) -> int:
             learner.places = wait_ready(learner.start(limit), limit, "learner")
             if checkpoint:
                 learner.load(checkpoint.folder / "learner")
-                update = checkpoint.state["update"]
-            report = learner.update(groups, update_spec(config, stages[-1]), update=update)
-    except (ClusterError, LearnerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+            report = learner.update(groups, update_spec(config, stage), update=update)
+    except (ClusterError, LearnerError, CheckpointError) as error:
+        say(f"error: {error}")
         return 2
     print(json.dumps(report_dict(report), indent=1))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ SCHEMA = pa.schema(
 """One row a sample."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where in a run groups were trained."""
+
+    stage: str
+    """Name of the stage."""
+    update: int
+    """Updates made before theirs."""
+
+
 def groups_to_table(groups: Sequence[Group]) -> pa.Table:
     """One row a sample, in order."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
@@ -75,12 +85,23 @@ def table_to_groups(table: pa.Table) -> list[Group]:
     return list(groups.values())
 
 
-def write_traces(path: Path, groups: Sequence[Group]) -> None:
+def write_traces(path: Path, groups: Sequence[Group], origin: Origin | None = None) -> None:
     """Write groups as Parquet (zstd), readable by any Parquet tool."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(groups_to_table(groups), path, compression="zstd")
+    table = groups_to_table(groups)
+    if origin:
+        added = {"tstar_ray.stage": origin.stage, "tstar_ray.update": str(origin.update)}
+        table = table.replace_schema_metadata((table.schema.metadata or {}) | added)
+    pq.write_table(table, path, compression="zstd")
 
 
 def read_traces(path: Path) -> list[Group]:
     """Groups of one Parquet file written by `write_traces`."""
     return table_to_groups(pq.read_table(path))
+
+
+def read_origin(path: Path) -> Origin | None:
+    """What `write_traces` was told of where they come from."""
+    metadata = pq.read_schema(path).metadata or {}
+    stage = metadata.get(b"tstar_ray.stage")
+    return Origin(stage.decode(), int(metadata[b"tstar_ray.update"])) if stage else None

@@ -126,6 +126,9 @@ def test_checkpoints_of_a_history_that_was_given_up_go_once_there_is_a_newer_one
     damage_content(tmp_path / "u00030")
     damage_content(tmp_path / "u00040")
     assert newest_checkpoint(tmp_path, refused=lambda _: None).state == {"update": 20}
+    assert newest_checkpoint(tmp_path, refused=pytest.fail, latest=19).state == {"update": 10}
+    with pytest.raises(CheckpointError, match="no valid checkpoint of update 9 or before"):
+        newest_checkpoint(tmp_path, refused=pytest.fail, latest=9)
     write(tmp_path, 25, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["u00020", "u00025"], "the new one is not the one to go"
 

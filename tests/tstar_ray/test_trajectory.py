@@ -8,7 +8,7 @@ import pytest
 from synthetic import make_trajectory
 
 from tstar_ray.problems import Problem
-from tstar_ray.traces import read_traces, write_traces
+from tstar_ray.traces import Origin, read_origin, read_traces, write_traces
 from tstar_ray.trajectory import Group, Sample, Trajectory, tokens_per_forward
 
 
@@ -67,6 +67,13 @@ def test_parquet_gives_back_every_bit(tmp_path):
                     np.testing.assert_array_equal(x, y)
                 else:
                     assert x == y
+
+
+def test_parquet_tells_where_in_a_run_the_groups_come_from(tmp_path):
+    for origin in (None, Origin("b4-8", 7)):
+        write_traces(tmp_path / "t.parquet", make_groups(), origin)
+        assert read_origin(tmp_path / "t.parquet") == origin
+    assert len(read_traces(tmp_path / "t.parquet")) == len(make_groups())
 
 
 def test_files_of_another_schema_are_refused(tmp_path):
