@@ -13,6 +13,7 @@ from engines import DYNAMIC, NO_STOP, assert_equal
 from reference import Changing, ChangingWithKeptCache, decode, plain_twin
 from synthetic import make_model, make_requests
 
+from actors.engine import UNPROVEN
 from actors.kv_cache import KVCache
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
@@ -142,6 +143,23 @@ def test_trap_31_invariant_1_weights_in_flight(block, policy):
         cached = goes_on and position[trajectory.step_map == switch][0] // block > 0
         assert trajectory.stale_cache == (cached and policy == "keep")
     assert any(len(set(t.weight_versions)) == 2 for t in found), "a sequence saw both"
+
+
+def test_invariant_8_an_update_that_fails_half_way_leaves_no_proof_and_decodes_nothing():
+    model = make_model(seed=2)
+    engine, flat = TorchEngine(model), flatten(make_model(seed=8))
+    under_way = engine.stream(make_requests([9]), NO_STOP)
+    with torch.inference_mode():
+        last = torch.nn.Parameter(model.hf.lm_head.weight.clone())  # which cannot be written to outside of that mode
+    whole, model.hf.lm_head.weight = model.hf.lm_head.weight, last
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        engine.load_weights(flat, 1)
+    assert engine.proof == UNPROVEN
+    with pytest.raises(RuntimeError, match="nothing is decoded with half an update of the weights"):
+        list(under_way)
+    model.hf.lm_head.weight = whole
+    assert engine.load_weights(flat, 1).checksum == checksum(flat)
+    assert len(engine.generate(make_requests([9]), NO_STOP)) == 1
 
 
 def test_what_new_weights_recompute_is_read_in_pieces_too():
