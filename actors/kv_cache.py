@@ -33,7 +33,7 @@ IntArray = NDArray[np.int64]
 
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 """Scores of one run for each key head, by device type; also what the biases of a pass may hold for all its layers."""
-_RUN_COST = {"cpu": 2**12, "cuda": 2**22}
+_RUN_COST = {"cpu": 2**15, "cuda": 2**22}
 """Scores, for each head, that take about as long as the launches of a run of its own."""
 _ALIGNED = 16
 """Keys are looked at in multiples of it: CUDA's kernels copy a bias that is not aligned, in every layer."""
