@@ -5,7 +5,7 @@ hidden states of M masked positions ──► LM head ──► draw ──► c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +51,23 @@ def denoise(
     hidden: torch.Tensor,
     at: Positions,
     masked: NDArray[np.bool_],
-    block_step: NDArray[np.int64],
+    block_step: NDArray[np.int64] | torch.Tensor,
     decoding: Decoding,
     *,
     vocabulary: int,
 ) -> Revealed:
     """``logits`` maps hidden states to logits that may be overwritten; ``hidden`` [M, H] are those of the masked
-    positions, ``masked`` [S, B] of blocks that have taken ``block_step`` [S] steps."""
+    positions, ``masked`` [S, B] of blocks that have taken ``block_step`` [S] steps; the latter may be on the device,
+    where nothing is uploaded then."""
     device = hidden.device
     token, logprob, confidence, entropy = _draw(
         logits, hidden, uniforms(at.seed, at.position, at.step), decoding, vocabulary
     )
-    quota = np.array([decoding.quota(step) for step in range(decoding.steps)])
-    quota = quota[np.minimum(block_step, decoding.steps - 1)]
+    steps = block_step if isinstance(block_step, torch.Tensor) else to_device(block_step, device)
+    base, extra = divmod(decoding.block_size, decoding.steps)
+    quota = base + (steps < extra).long()  # `Decoding.quota` of every block
+    masked_SB = torch.zeros(masked.shape, dtype=torch.bool, device=device)
+    masked_SB.view(-1)[at.dense] = True
     confidence_SB, entropy_SB = (torch.zeros(masked.shape, device=device) for _ in range(2))
     confidence_SB.view(-1)[at.dense] = confidence
     entropy_SB.view(-1)[at.dense] = entropy
@@ -72,10 +76,10 @@ def denoise(
         lottery_SB = torch.zeros(masked.shape, device=device)
         lottery_SB.view(-1)[at.dense] = lottery(at.seed, at.position)
     mask_SB = choose(
-        to_device(masked, device),
+        masked_SB,
         confidence_SB,
         entropy_SB,
-        to_device(quota, device),
+        quota,
         decoding,
         lottery_SB,
     )
@@ -107,3 +111,10 @@ def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
 def rows_at_once(device: torch.device, vocabulary: int) -> int:
     """Positions whose logits are held at a time."""
     return max(32, LOGITS_AT_ONCE[device.type] // vocabulary)
+
+
+def send_together(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[torch.Tensor]:
+    """Arrays of any shapes on the device, in one transfer."""
+    flat = to_device(np.concatenate([array.ravel() for array in arrays]), device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays)]

@@ -50,9 +50,10 @@ class EngineStats:
     sequence_steps: int = 0
     """Sequences summed over the passes that denoise."""
     forward_seconds: float = 0.0
-    """Time in the model up to its last hidden states."""
+    """Time in the model up to its last hidden states; on a GPU the time to launch it, what it computes is waited for in
+    ``sampling_seconds``."""
     sampling_seconds: float = 0.0
-    """Time in the LM head, sampling and unmasking, with the one wait for the device."""
+    """Time in the LM head, sampling and unmasking, and for a GPU to get to the end of the step."""
     host_seconds: float = 0.0
     """Time spent on admission, bookkeeping and trajectories."""
 

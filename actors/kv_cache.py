@@ -5,8 +5,11 @@ is still noisy, and each pass overwrites them. A query of block k sees all posit
 denoising and commit need no different masks, and block sizes may differ from row to row.
 
 **Ragged passes.** The tokens of all rows stand end to end, so that projections and MLP spend nothing on padding;
-only attention pads, within runs of neighbouring slots: those with few queries (denoising) apart from those with
-many (prompts). A run is a plain slice of the cache, so nothing is gathered.
+only attention pads, within runs of neighbouring slots. A run is a plain slice of the cache, so nothing is gathered.
+
+**Bounded memory.** A run ends where padding would more than double it, and has `SCORES_AT_ONCE` scores for each key
+head at most; a long prompt's queries are cut for that. So besides the tokens of a pass nothing grows with the batch,
+with the longest prompt beside short ones, or with the cache.
 
 **Shared prompts.** A row may take the keys and values of its first tokens from another slot, also from one that
 computes them in the very same pass.
@@ -14,7 +17,7 @@ computes them in the very same pass.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +26,17 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from actors.denoise import send_together
 from tstar_ray.blocks import decode_visibility
 
 IntArray = NDArray[np.int64]
+
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+"""Scores of one run for each key head, by device type; also what the biases of a pass may hold for all its layers."""
+_RUN_COST = {"cpu": 2**15, "cuda": 2**22}
+"""Scores, for each head, that take about as long as the launches of a run of its own."""
+_ALIGNED = 16
+"""Keys are looked at in multiples of it: CUDA's kernels copy a bias that is not aligned, in every layer."""
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -48,22 +59,37 @@ class KVCache:
         self.resize(0, 0, kept=0)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """S and T."""
+        return self.keys[0].shape[0], self.keys[0].shape[2]
+
+    @property
     def bytes_per_position(self) -> int:
         """Memory that one token of one sequence takes in all layers."""
         return 2 * self._layers * self._heads * self._dim * self._dtype.itemsize
 
     def resize(self, slots: int, length: int, *, kept: int) -> None:
-        """Make room for ``slots`` x ``length``; the first ``kept`` slots keep what they hold."""
-        for tensors in (self.keys, self.values):
-            for layer in range(self._layers):
-                # Layer by layer, so that at most one layer is held twice.
-                shape = (slots, self._heads, length, self._dim)
-                new = torch.zeros(shape, dtype=self._dtype, device=self._device)
-                if kept:
-                    old = tensors[layer]
-                    shared = min(length, old.shape[2])
-                    new[:kept, :, :shared] = old[:kept, :, :shared]
-                tensors[layer : layer + 1] = [new]
+        """Make room for ``slots`` x ``length``; the first ``kept`` slots keep what they hold.
+
+        Holds nothing at all, 0 x 0, after a failure, which is a RuntimeError where memory runs out.
+        """
+        try:
+            for tensors in (self.keys, self.values):
+                for layer in range(self._layers):
+                    # Layer by layer, so that at most one layer is held twice.
+                    new = self._empty(slots, length)
+                    if kept:
+                        old = tensors[layer]
+                        shared = min(length, old.shape[2])
+                        new[:kept, :, :shared] = old[:kept, :, :shared]
+                    tensors[layer : layer + 1] = [new]
+        except BaseException:
+            for tensors in (self.keys, self.values):
+                tensors[:] = [self._empty(0, 0) for _ in range(self._layers)]
+            raise
+
+    def _empty(self, slots: int, length: int) -> torch.Tensor:
+        return torch.zeros((slots, self._heads, length, self._dim), dtype=self._dtype, device=self._device)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy whole slots; both [k] on the cache's device."""
@@ -95,9 +121,30 @@ class Rows:
         return self.end - self.start
 
 
+def cut_runs(rows: Rows, *, at_once: int, run_cost: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a pass into runs: (first row, one past the last, first query, one past the last) of each, in order.
+
+    A run has at most ``at_once`` padded queries times keys, in one row only part of the queries if need be. Rows join
+    the run before them where padding does not more than double its size, but for ``run_cost``, and where both are
+    either prompts or not: rows of more than two blocks are.
+    """
+    lengths, keys = rows.lengths.tolist(), rows.end.tolist()
+    prompts = (rows.lengths > 2 * rows.block_size).tolist()
+    first = longest = farthest = needed = 0
+    for row, (length, key) in enumerate(zip([*lengths, 0], [*keys, 0])):
+        size = (row + 1 - first) * max(longest, length) * max(farthest, key)
+        fits = row < len(lengths) and size <= min(at_once, 2 * (needed + length * key) + run_cost)
+        if row > first and not (fits and prompts[row] == prompts[first]):
+            queries = longest if row > first + 1 else max(1, at_once // farthest)
+            for begin in range(0, longest, queries):
+                yield first, row, begin, min(begin + queries, longest)
+            first, longest, farthest, needed = row, 0, 0, 0
+        longest, farthest, needed = max(longest, length), max(farthest, key), needed + length * key
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Neighbouring rows whose attention is one padded call."""
+    """Neighbouring rows, or some queries of one row, whose attention is one padded call."""
 
     slots: slice
     tokens: slice
@@ -111,53 +158,60 @@ class _Run:
     """Few queries, on CPU: two plain matrix products are twice as fast there as the fused kernel."""
     place: torch.Tensor | None
     """[tokens] flat index into [rows, longest]; None where nothing is padded."""
-    bias: torch.Tensor
-    """[rows, 1, groups * longest, keys]."""
+    end: torch.Tensor
+    """[rows, longest] one past the last position that each query sees."""
 
 
 class RaggedLayout:
     """One pass over the cache: a `tstar_ray.model.Layout`."""
 
-    def __init__(self, cache: KVCache, rows: Rows, *, groups: int) -> None:
-        """``groups``: query heads that share one key head."""
+    def __init__(self, cache: KVCache, rows: Rows, *, groups: int, also: Sequence[IntArray] = ()) -> None:
+        """``groups``: query heads that share one key head. ``also``: what else the pass needs on the device; it travels
+        in the same transfer and is `also` then."""
         self._cache, self._groups = cache, groups
-        keys = cache.keys[0]
+        device = cache.keys[0].device
         lengths = rows.lengths
         first = lengths.cumsum() - lengths
         row = np.repeat(np.arange(len(lengths)), lengths)
         query = np.arange(len(row)) - first[row]
         position = rows.start[row] + query
         visible = (position // rows.block_size[row] + 1) * rows.block_size[row]
-        self.slot_N, self.position_N = torch.from_numpy(np.stack([rows.slot[row], position])).to(keys.device)
-        follower = np.flatnonzero(rows.source >= 0)
-        self._copies = [(int(rows.source[i]), int(rows.slot[i]), int(rows.start[i])) for i in follower]
-        # Rows far longer than two blocks are prompts; neighbours of one kind are padded together.
-        long = lengths > 2 * rows.block_size
-        edges = [0, *(np.flatnonzero(np.diff(long)) + 1).tolist(), len(long)]
-        self._runs = []
-        for a, b in itertools.pairwise(edges):
-            tokens = slice(int(first[a]), int(first[b - 1] + lengths[b - 1]))
-            longest, key_count = int(lengths[a:b].max()), int(rows.end[a:b].max())
-            place = (row[tokens] - a) * longest + query[tokens]
+        at_once = SCORES_AT_ONCE[device.type]
+        runs, arrays = [], [np.stack([rows.slot[row], position]), _copies(rows), *also]
+        cuts = cut_runs(rows, at_once=at_once // groups, run_cost=_RUN_COST[device.type] // groups)
+        for a, b, begin, stop in cuts:
+            longest = stop - begin
+            tokens = slice(
+                int(first[a]) + begin, int(first[a]) + stop if b == a + 1 else int(first[b - 1] + lengths[b - 1])
+            )
+            place = (row[tokens] - a) * longest + query[tokens] - begin
             # Padding queries see position 0, so that no softmax is empty; their output is never read.
             end = np.ones((b - a) * longest, dtype=np.int64)
             end[place] = visible[tokens]
-            end_RQ = torch.from_numpy(end.reshape(b - a, longest)).to(keys.device)
-            bias = torch.zeros(b - a, longest, key_count, dtype=keys.dtype, device=keys.device)
-            bias.masked_fill_(~decode_visibility(key_count, end_RQ), -torch.inf)
             dense = len(place) == len(end)
-            self._runs.append(
-                _Run(
-                    slots=slice(int(rows.slot[a]), int(rows.slot[b - 1]) + 1),
-                    tokens=tokens,
-                    rows=b - a,
-                    longest=longest,
-                    keys=key_count,
-                    small=keys.device.type == "cpu" and not long[a],
-                    place=None if dense else torch.from_numpy(place).to(keys.device),
-                    bias=bias.repeat(1, groups, 1)[:, None],
-                )
+            runs.append((a, b, tokens, longest, int(end.max()), dense))
+            arrays += [end.reshape(b - a, longest), place[: 0 if dense else None]]
+        (self.slot_N, self.position_N), copies, *sent = send_together(arrays, device)
+        self.also = sent[: len(also)]
+        pieces = copies.split(max(1, at_once // (cache.keys[0][:1, :, :1].numel())), dim=1)
+        self._copies = [tuple(piece) for piece in pieces if piece.numel()]
+        self._runs = [
+            _Run(
+                slots=slice(int(rows.slot[a]), int(rows.slot[b - 1]) + 1),
+                tokens=tokens,
+                rows=b - a,
+                longest=longest,
+                keys=min(-(-keys // _ALIGNED) * _ALIGNED, cache.shape[1]),
+                small=device.type == "cpu" and lengths[a] <= 2 * rows.block_size[a],
+                place=None if dense else place,
+                end=end,
             )
+            for (a, b, tokens, longest, keys, dense), end, place in zip(
+                runs, sent[len(also) :: 2], sent[len(also) + 1 :: 2]
+            )
+        ]
+        kept = sum(run.rows * run.longest * run.keys * groups for run in self._runs) <= at_once
+        self._biases = [self._bias(run) for run in self._runs] if kept else None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -166,15 +220,25 @@ class RaggedLayout:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self.slot_N, :, self.position_N] = key[0].transpose(0, 1)
         values[self.slot_N, :, self.position_N] = value[0].transpose(0, 1)
-        for source, target, length in self._copies:
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+        for source, target, position in self._copies:
+            keys[target, :, position] = keys[source, :, position]
+            values[target, :, position] = values[source, :, position]
         flat_NHD = query[0].transpose(0, 1)
-        parts = [self._attend_run(run, flat_NHD[run.tokens], keys, values, scale) for run in self._runs]
+        parts = []
+        for i, run in enumerate(self._runs):
+            bias = self._bias(run) if self._biases is None else self._biases[i]
+            parts.append(self._attend_run(run, bias, flat_NHD[run.tokens], keys, values, scale))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
+    def _bias(self, run: _Run) -> torch.Tensor:
+        """[rows, 1, groups * longest, keys]."""
+        keys = self._cache.keys[0]
+        bias = torch.zeros(run.rows, run.longest, run.keys, dtype=keys.dtype, device=keys.device)
+        bias.masked_fill_(~decode_visibility(run.keys, run.end), -torch.inf)
+        return bias.repeat(1, self._groups, 1)[:, None]
+
     def _attend_run(
-        self, run: _Run, flat: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self, run: _Run, bias: torch.Tensor, flat: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """[tokens, H, D] -> the same shape. Query heads that share a key head become more queries."""
         n, q, g = run.rows, run.longest, self._groups
@@ -187,8 +251,17 @@ class RaggedLayout:
         key, value = keys[run.slots, :, : run.keys], values[run.slots, :, : run.keys]
         if run.small:
             scores = (padded * scale) @ key.transpose(-1, -2)
-            out = torch.softmax(scores.add_(run.bias), dim=-1) @ value
+            out = torch.softmax(scores.add_(bias), dim=-1) @ value
         else:
-            out = F.scaled_dot_product_attention(padded, key, value, attn_mask=run.bias, scale=scale)
+            out = F.scaled_dot_product_attention(padded, key, value, attn_mask=bias, scale=scale)
         out = out.view(n, kv_heads, g, q, dim).permute(0, 3, 1, 2, 4).reshape(n * q, kv_heads * g, dim)
         return out if run.place is None else out[run.place]
+
+
+def _copies(rows: Rows) -> IntArray:
+    """[3, C] slot to copy from, slot to copy to, position; of all positions that rows take from another slot."""
+    follower = np.flatnonzero(rows.source >= 0)
+    count = rows.start[follower]
+    row = np.repeat(follower, count)
+    position = np.arange(len(row)) - np.repeat(count.cumsum() - count, count)
+    return np.stack([rows.source[row], rows.slot[row], position])

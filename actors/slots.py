@@ -10,12 +10,14 @@ Active sequences fill slots 0 … n-1. One that ends gives its slot to the last 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.denoise import to_device
 from tstar_ray.blocks import decode_limit
 from tstar_ray.decoding import Decoding
 from tstar_ray.trajectory import Request, Trajectory
@@ -40,7 +42,7 @@ _FIELDS = np.dtype(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Work:
     """One request with the settings it is decoded under."""
 
@@ -63,9 +65,9 @@ class Work:
         """Hash of `shared`."""
         return hash(self.shared)
 
-    @property
+    @cached_property
     def limit(self) -> int:
-        """Positions it may fill."""
+        """Positions it may fill. Raises ValueError where that is not one block after the prompt."""
         cap = self.request.max_new_tokens or self.decoding.max_new_tokens
         return decode_limit(
             len(self.request.prompt_ids), min(cap, self.decoding.max_new_tokens), self.decoding.block_size
@@ -108,14 +110,15 @@ class Slots:
         return self.fields[name][: self.active]
 
     def resize(self, slots: int, length: int) -> None:
-        """Make room for ``slots`` x ``length``; active slots keep what they hold."""
+        """Make room for ``slots`` x ``length``; active slots keep what they hold. A failure changes nothing."""
         n = self.active
         shared = min(length, self.shape[1])
-        for name in ("ids", "steps", "logprobs"):
-            old = getattr(self, name)
+        tensors = []
+        for old in (self.ids, self.steps, self.logprobs):
             new = torch.zeros((slots, length), dtype=old.dtype, device=self._device)
             new[:n, :shared] = old[:n, :shared]
-            setattr(self, name, new)
+            tensors.append(new)
+        self.ids, self.steps, self.logprobs = tensors
         fields = np.zeros(slots, dtype=_FIELDS)
         fields[:n] = self.fields[:n]
         self.fields = fields
@@ -164,7 +167,7 @@ class Slots:
             self.masked[slot, prompt - item.clean : b] = True
             self.work[item.ticket] = item
         self.active += len(ordered)
-        self.ids[first : self.active] = torch.from_numpy(ids).to(self._device)
+        self.ids[first : self.active] = to_device(ids, self._device)
 
     def _sharing(self, item: Work) -> int | None:
         """An active slot with the same prompt and block size."""
@@ -194,8 +197,10 @@ class Slots:
     def trajectories(self, ended: NDArray[np.bool_]) -> list[tuple[int, Trajectory]]:
         """Tickets and trajectories of the slots [n] that ended."""
         slots = np.flatnonzero(ended)
-        at = torch.from_numpy(slots).to(self._device)
-        ids, steps, logprobs = (t[at].cpu().numpy() for t in (self.ids, self.steps, self.logprobs))
+        at = to_device(slots, self._device)
+        # One wait for the device: log-probs travel as the bits of integers.
+        ids, steps, bits = torch.stack([self.ids[at].int(), self.steps[at], self.logprobs[at].view(torch.int32)]).cpu()
+        ids, steps, logprobs = ids.numpy(), steps.numpy(), bits.view(torch.float32).numpy()
         found = []
         for row, slot in enumerate(slots.tolist()):
             field = self.fields[slot]
@@ -205,7 +210,7 @@ class Slots:
             trajectory = Trajectory(
                 group_id=work.request.group_id,
                 sample=work.request.sample,
-                token_ids=ids[row, :end].astype(np.int32),
+                token_ids=ids[row, :end].copy(),
                 prompt_len=prompt,
                 completion_len=int(stops[0]) + 1 if len(stops) else end - prompt,
                 step_map=steps[row, prompt:end].copy(),
@@ -220,7 +225,7 @@ class Slots:
         return found
 
     def close(self, ended: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Free slots [n]; returns which slots' contents moved, and where to, for the cache to follow."""
+        """Free slots [n]; returns which slots' contents moved, and where to, for the cache to follow: [k] each."""
         for slot in np.flatnonzero(ended).tolist():
             del self.work[int(self.fields["ticket"][slot])]
         keep = np.flatnonzero(~ended)
@@ -228,7 +233,8 @@ class Slots:
         holes, movers = np.flatnonzero(ended[: self.active]), keep[keep >= self.active]
         for array in (self.fields, self.masked, self.versions):
             array[holes] = array[movers]
-        source, target = torch.from_numpy(np.stack([movers, holes])).to(self._device)
-        for tensor in (self.ids, self.steps, self.logprobs):
-            tensor[target] = tensor[source]
+        source, target = to_device(np.stack([movers, holes]), self._device)
+        if len(source):
+            for tensor in (self.ids, self.steps, self.logprobs):
+                tensor[target] = tensor[source]
         return source, target

@@ -13,10 +13,12 @@ sequence. The result is that of separate passes (algorithm reference 5.1). Sampl
 what exceeds ``pass_tokens`` gets passes of its own.
 
 **Nothing can get stuck.** A sequence is admitted, in the order of submission, when a slot of its full length is
-free, so that an admitted one never waits for memory. Slots get longer when a longer request comes.
+free, so that an admitted one never waits for memory. Slots get longer when a longer request comes, by steps of about an
+eighth, so that requests of many lengths do not move the cache each time.
 
 **The device is asked once a round**: one small tensor says which masked positions were revealed and which hold
-stop tokens. All else is planned on the host (actors.slots).
+stop tokens; a round in which sequences end fetches these as well. All else is planned on the host (actors.slots), and
+goes to the device in one transfer that nothing waits for, however many decoding settings are in use.
 
 **New weights** are loaded between two rounds. Keys and values of older weights are computed again in the next pass
 (``recompute``), so that every recorded log-prob is that of one version's weights, or stay (``keep``) and the
@@ -35,9 +37,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.denoise import Positions, denoise
-from actors.engine import EngineStats
-from actors.kv_cache import KVCache, RaggedLayout, Rows
+from actors.denoise import Positions, denoise, to_device
+from actors.engine import UNPROVEN, EngineStats
+from actors.kv_cache import IntArray, KVCache, RaggedLayout, Rows
 from actors.rounds import Rounds
 from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
@@ -46,6 +48,21 @@ from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof, checksum_parts, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Step:
+    """A denoising step of S sequences that share decoding settings, as it is planned on the host."""
+
+    rule: int
+    """Index of the settings."""
+    masked: NDArray[np.bool_]
+    """[S, B]."""
+    places: IntArray
+    """[2, M] slot and offset in its block of each masked position."""
+    arrays: tuple[IntArray, IntArray]
+    """For the device: [6, M] row of the hidden states, seed, position, step, index into the slots' tensors, index into
+    [S, B]; and [S] steps that the blocks have taken."""
 
 
 class TorchEngine(Rounds):
@@ -62,7 +79,8 @@ class TorchEngine(Rounds):
         version: int = 0,
     ) -> None:
         """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values;
-        prompts beyond ``pass_tokens`` in one pass are read in several."""
+        prompts beyond ``pass_tokens`` in one pass are read in several, which bounds what its tokens take (what its
+        attention takes is bounded in actors.kv_cache)."""
         super().__init__()
         self._model = model.eval()
         self._max_batch, self._cache_gb = max_batch, cache_gb
@@ -76,6 +94,10 @@ class TorchEngine(Rounds):
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
         self._rules: list[Decoding] = []
+        self._stops: list[torch.Tensor] = []
+        """Stop ids of each rule, on the device."""
+        self._full = False
+        """Nothing that waits can be admitted before a slot is free."""
 
     @property
     def proof(self) -> Proof:
@@ -90,6 +112,7 @@ class TorchEngine(Rounds):
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
         """See `actors.engine.Engine.load_weights`."""
         with self.paused():
+            self._proof = UNPROVEN  # where copying fails half-way, nothing is proven
             load_flat(self._model, flat)
             self._proof = Proof(version, checksum_parts(self._model.parameters()))
             if self._cache_update == "recompute":
@@ -104,28 +127,38 @@ class TorchEngine(Rounds):
             if self._waiting or self._slots.active:
                 raise RuntimeError(f"{self._slots.active} sequences are being decoded, {len(self._waiting)} wait")
             self._resize(0, 0)
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _submit(self, requests: Sequence[Request], decoding: Decoding) -> list[int]:
         """Queue requests; they join the batch in the next rounds."""
         with self.paused():
             work = []
             for request in requests:
+                self._check_prompt(request)
                 own = decoding.varied(request.variant)
                 if own not in self._rules:
                     self._rules.append(own)
-                if self._model.mask_id in request.prompt_ids:
-                    mask_id = self._model.mask_id
-                    raise ValueError(f"the prompt of group {request.group_id} holds the mask token {mask_id}")
+                    self._stops.append(to_device(np.array(own.stop_ids, dtype=np.int64), self._model.device))
                 work.append(Work(next(self._tickets), request, own, self._rules.index(own)))
             longest = max((item.limit for item in work), default=0)
             if longest > self._positions:
-                need = longest * self._cache.bytes_per_position / 2**30
+                size = self._cache.bytes_per_position
                 raise ValueError(
-                    f"one sequence of {longest} tokens needs {need:.2f} GiB of cache, actors.cache_gb allows "
-                    f"{self._cache_gb:.2f}; raise it or lower max_new_tokens"
+                    f"one sequence of {longest} tokens needs {in_bytes(longest * size)} of cache, "
+                    f"actors.cache_gb={self._cache_gb:g} allows {in_bytes(self._positions * size)}; "
+                    "raise it or lower max_new_tokens"
                 )
             self._waiting.extend(work)
             return [item.ticket for item in work]
+
+    def _check_prompt(self, request: Request) -> None:
+        vocabulary, ids = len(self._model.suppressed_V), np.array(request.prompt_ids, dtype=np.int64)
+        told = f"the prompt of group {request.group_id} holds"
+        if (ids == self._model.mask_id).any():
+            raise ValueError(f"{told} the mask token {self._model.mask_id}")
+        if len(wrong := ids[(ids < 0) | (ids >= vocabulary)]):
+            raise ValueError(f"{told} token {wrong[0]}, outside the model's vocabulary of {vocabulary}")
 
     def _under_way(self) -> dict[int, Request]:
         return {item.ticket: item.request for item in (*self._waiting, *self._slots.work.values())}
@@ -137,6 +170,8 @@ class TorchEngine(Rounds):
     @torch.inference_mode()
     def _round(self) -> None:
         """One pass for everything that is active."""
+        if self._proof is UNPROVEN:
+            raise RuntimeError("nothing is decoded with half an update of the weights, which failed; load them again")
         start = time.perf_counter()
         inside = self._stats.forward_seconds + self._stats.sampling_seconds
         self._admit()
@@ -150,35 +185,45 @@ class TorchEngine(Rounds):
     def _admit(self) -> None:
         """Give waiting requests the free slots, in order."""
         admitted: list[Work] = []
-        while self._waiting and self._make_room(admitted):
-            admitted.append(self._waiting.popleft())
+        while self._waiting and not self._full:
+            if self._make_room(admitted):
+                admitted.append(self._waiting.popleft())
+            else:
+                self._full = True
         if admitted:
             self._slots.admit(admitted)
 
     def _make_room(self, admitted: Sequence[Work]) -> bool:
         """Whether the first that waits has a slot, where need be after making slots longer, shorter or more."""
-        (slots, length), limit = self._slots.shape, self._waiting[0].limit
+        (slots, length), first = self._cache.shape, self._waiting[0].limit
         taken = self._slots.active + len(admitted)
-        if taken < slots and limit <= length:
+        if taken < slots and first <= length:
             return True
         if taken == self._max_batch:
             return False
-        present = [item.limit for item in (*self._slots.work.values(), *admitted, self._waiting[0])]
         wanted = min(self._max_batch, taken + len(self._waiting))
-        longest = max(item.limit for item in self._waiting)
+        present = max(first, int(self._slots.column("limit").max(initial=0)), *(item.limit for item in admitted))
+        longest = max(present, *(item.limit for item in self._waiting))
+        # A move of the cache that only adds slots must add a quarter, so that it is a rare one.
+        least = taken + 1 if first > length else min(self._max_batch, slots + -(-slots // 4))
         # Room for all that wait, if there is memory for that; otherwise for the first.
-        length = max(*present, longest)
-        if self._positions // length < wanted:
-            length = max(present)
-            wanted = min(wanted, self._positions // length)
-        if wanted <= taken:
-            return False
-        self._resize(wanted, length)
-        return True
+        for size, enough in ((longest, wanted), (present, least)):
+            for padded in (rounded_up(size), size):
+                if (fit := min(self._max_batch, self._positions // padded)) >= max(enough, least):
+                    self._resize(min(fit, max(wanted, least, slots, 8)), padded)
+                    return True
+        return False
 
     def _resize(self, slots: int, length: int) -> None:
-        self._cache.resize(slots, length, kept=self._slots.active)
-        self._slots.resize(slots, length)
+        try:
+            self._slots.resize(slots, length)
+            self._cache.resize(slots, length, kept=self._slots.active)
+        except RuntimeError as error:
+            size = in_bytes(slots * length * self._cache.bytes_per_position)
+            raise RuntimeError(
+                f"no memory for {size} of keys and values, {slots} sequences of {length} tokens: lower "
+                f"actors.cache_gb={self._cache_gb:g} or actors.max_batch={self._max_batch}"
+            ) from error
 
     def _read_ahead(self) -> None:
         """Passes for what is not in the cache and would make the round's pass exceed ``pass_tokens``."""
@@ -199,18 +244,21 @@ class TorchEngine(Rounds):
             self._stats.prefills += 1
             committed[rows] = end
 
-    def _forward(self, slot: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64]) -> torch.Tensor:
-        """Run positions start..end of neighbouring slots, all [k]; returns hidden states [N, hidden], end to end."""
+    def _forward(
+        self, slot: IntArray, start: IntArray, end: IntArray, also: Sequence[IntArray] = ()
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Run positions start..end of neighbouring slots, all [k]; returns hidden states [N, hidden], end to end, and
+        ``also`` on the device."""
         began = time.perf_counter()
         fields = self._slots.fields[slot]
         rows = Rows(slot=slot, start=start, end=end, block_size=fields["block_size"], source=fields["source"])
-        layout = RaggedLayout(self._cache, rows, groups=self._groups)
+        layout = RaggedLayout(self._cache, rows, groups=self._groups, also=also)
         ids = self._slots.ids[layout.slot_N, layout.position_N]
         hidden = self._model.hidden(ids[None], layout.position_N[None], layout)[0]
         self._slots.fields["source"][slot] = -1
         self._stats.forwarded_tokens += len(ids)
         self._stats.forward_seconds += time.perf_counter() - began
-        return hidden
+        return hidden, layout.also
 
     def _denoise(self) -> NDArray[np.bool_]:
         """One denoising step of every active sequence, with all that is due; returns [n] which ended."""
@@ -221,60 +269,60 @@ class TorchEngine(Rounds):
             self._proof.version
         )
         start, end = slots.column("committed"), block + block_size
-        hidden = self._forward(np.arange(n), start, end)
-        last = (end - start).cumsum()
-        start[:] = block
         slots.column("step")[:] += 1
+        last = (end - start).cumsum()
+        rules = slots.column("rule")
+        steps = [self._plan(np.flatnonzero(rules == rule), int(rule), last) for rule in np.unique(rules)]
+        hidden, sent = self._forward(np.arange(n), start, end, [array for step in steps for array in step.arrays])
+        start[:] = block
         self._stats.forwards += 1
         self._stats.sequence_steps += n
         began = time.perf_counter()
-        rules = slots.column("rule")
-        places, found = zip(
-            *(self._step(hidden, last, np.flatnonzero(rules == rule), self._rules[rule]) for rule in np.unique(rules))
-        )
-        row, offset = np.concatenate(places, axis=1)
+        found = [self._step(hidden, step, *sent[2 * i : 2 * i + 2]) for i, step in enumerate(steps)]
+        row, offset = np.concatenate([step.places for step in steps], axis=1)
         revealed, stop = torch.cat(found, dim=1).cpu().numpy()  # the one wait for the device
         self._stats.sampling_seconds += time.perf_counter() - began
         return slots.reveal(row[revealed], offset[revealed], stop[revealed])
 
-    def _step(
-        self, hidden: torch.Tensor, last: NDArray[np.int64], rows: NDArray[np.int64], decoding: Decoding
-    ) -> tuple[NDArray[np.int64], torch.Tensor]:
-        """Draw and reveal for ``rows``, which share decoding settings and whose queries end before ``last``.
-
-        Returns row and offset of their masked positions [2, M], and which of them were revealed and hold a stop
-        token, bool [2, M] on the device.
-        """
-        slots, b, device = self._slots, decoding.block_size, hidden.device
+    def _plan(self, rows: IntArray, rule: int, last: IntArray) -> _Step:
+        """A step of ``rows``, which share decoding settings and whose queries end before ``last``."""
+        slots, b = self._slots, self._rules[rule].block_size
         masked = slots.masked[rows, :b]
         local, offset = masked.nonzero()
         row = rows[local]
         position = slots.fields["block"][row] + offset
-        plan = np.stack(
-            [
-                last[row] - b + offset,
-                slots.fields["seed"][row],
-                position,
-                slots.fields["step"][row],
-                row * slots.shape[1] + position,
-                local * b + offset,
-            ]
+        plan = [
+            last[row] - b + offset,
+            slots.fields["seed"][row],
+            position,
+            slots.fields["step"][row],
+            row * slots.shape[1] + position,
+            local * b + offset,
+        ]
+        return _Step(
+            rule=rule,
+            masked=masked,
+            places=np.stack([row, offset]),
+            arrays=(np.stack(plan), slots.fields["block_step"][rows]),
         )
-        hidden_M, seed_M, position_M, step_M, state_M, dense_M = torch.from_numpy(plan).to(device)
+
+    def _step(self, hidden: torch.Tensor, step: _Step, plan: torch.Tensor, block_step: torch.Tensor) -> torch.Tensor:
+        """Draw and reveal. Returns which masked positions were revealed and hold a stop token, bool [2, M]."""
+        slots = self._slots
+        hidden_M, seed_M, position_M, step_M, state_M, dense_M = plan
         found = denoise(
             self._model.logits,
             hidden[hidden_M],
             Positions(seed=seed_M, position=position_M, step=step_M, dense=dense_M),
-            masked,
-            slots.fields["block_step"][rows],
-            decoding,
+            step.masked,
+            block_step,
+            self._rules[step.rule],
             vocabulary=len(self._model.suppressed_V),
         )
         slots.ids.view(-1)[state_M] = torch.where(found.mask, found.token, self._model.mask_id)
         slots.logprobs.view(-1)[state_M] = found.logprob
         slots.steps.view(-1)[state_M] = step_M.to(torch.int32)
-        stop_M = torch.isin(found.token, torch.tensor(decoding.stop_ids, device=device))
-        return np.stack([row, offset]), torch.stack([found.mask, stop_M])
+        return torch.stack([found.mask, torch.isin(found.token, self._stops[step.rule])])
 
     def _finish(self, ended: NDArray[np.bool_]) -> list[tuple[int, Trajectory]]:
         found = self._slots.trajectories(ended)
@@ -288,4 +336,22 @@ class TorchEngine(Rounds):
 
     @torch.inference_mode()
     def _retire(self, ended: NDArray[np.bool_]) -> None:
-        self._cache.move(*self._slots.close(ended))
+        source, target = self._slots.close(ended)
+        if len(source):
+            self._cache.move(source, target)
+        self._full = False
+
+
+def rounded_up(length: int) -> int:
+    """Length of a slot for so many positions: one of about eight between a power of two and the next."""
+    step = max(16, 2 ** (length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def in_bytes(count: float) -> str:
+    """In the largest unit of which there is one."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -2,7 +2,8 @@
 
     python -m benchmarks.rollout [--model 8M] [--device cpu] [--blocks 4 16] [--schedules static dynamic] [--out FILE]
 
-``plain`` is benchmarks.plain_decoder, one sequence at a time with separate commits, on the first few prompts.
+``plain`` is benchmarks.plain_decoder, one sequence at a time with separate commits, on ``--plain-prompts`` requests
+whose lengths are spread as those of all are. On two idle cores the defaults take about ten minutes.
 ``static`` is static batching in the usual sense: ``--max-batch`` requests at a time, every row computed until the
 longest of them has ended. ``shrinking`` is this engine given as many at a time: rows that ended leave the pass, but
 nobody takes their place. ``continuous`` is this engine given everything at once. ``--engine vllm`` adds ``vllm``, the
@@ -41,7 +42,7 @@ from tstar_ray.model import BlockDiffusionLM, Blueprint
 from tstar_ray.trajectory import Request
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--lengths", default="lognormal", help="fixed, lognormal, or a file of solutions")
     parser.add_argument("--max-batch", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--plain-prompts", type=int, default=4, help="decoded by the plain decoder")
+    parser.add_argument("--plain-prompts", type=int, default=16, help="decoded by the plain decoder")
     parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
     parser.add_argument("--steps", type=int, help="denoising steps a block of the static schedule; default B")
     parser.add_argument("--only-engine", action="store_true", help="continuous batching alone")
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
     parser.add_argument("--peak-gbps", type=float, default=4800.0, help="of its memory (H200)")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     model = make_model(arguments)
     rows = [compare(model, arguments, b, schedule) for schedule in arguments.schedules for b in arguments.blocks]
     text = json.dumps(
@@ -94,7 +95,7 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
         )
     else:
         decoding = tuned_decoding(model, block, arguments.new_tokens, PUBLISHED_TPF[block])
-    few = requests[:: max(1, len(requests) // arguments.plain_prompts)][: arguments.plain_prompts]
+    few = spread(requests, arguments.plain_prompts)
     TorchEngine(model).generate(few[:1], decoding)  # libraries take their workspaces
     cache_gb = arguments.cache_gb
 
@@ -181,6 +182,12 @@ def with_lengths(model: BlockDiffusionLM, arguments: argparse.Namespace) -> list
     return [replace(request, max_new_tokens=cap) for request, cap in zip(requests, caps)]
 
 
+def spread(requests: Sequence[Request], count: int) -> list[Request]:
+    """``count`` of the requests, the middle ones of as many equal parts in the order of their caps."""
+    ordered = sorted(requests, key=lambda request: request.max_new_tokens or 0)
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(min(count, len(ordered)))]
+
+
 def solution_lengths(file: Path) -> list[int]:
     """Tokens, nearly, of every solution in a JSONL file."""
     solutions = [json.loads(line)["solution"] for line in file.read_text().splitlines()]
@@ -199,6 +206,7 @@ def measure_plain(model: BlockDiffusionLM, requests: Sequence[Request], decoding
         "seconds": seconds,
         "forwards": sum(f for *_, f in found),
         "tokens": tokens,
+        "mean_tokens": tokens / len(requests),
     }
 
 
@@ -234,6 +242,7 @@ def measure(
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
         "tokens": tokens,
+        "mean_tokens": tokens / len(requests),
         "occupancy": stats.occupancy,
         "steps_per_block": stats.steps_per_block,
         "tpf": stats.tokens_per_forward(commits=False),

@@ -145,15 +145,18 @@ def truncate(log_density: torch.Tensor, *, top_k: int, top_p: float) -> torch.Te
     """Keep the ``top_k`` likeliest of [M, V], then the smallest set that holds ``top_p``; renormalised log-probs."""
     if top_k == 0 and top_p >= 1:
         return log_density
-    ordered, index = log_density.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if 0 < top_k < ordered.shape[-1]:
-        keep[..., top_k:] = False
+    if 0 < top_k < log_density.shape[-1]:
+        least = log_density.topk(top_k, dim=-1).values[..., -1:]
+        above, tied = log_density > least, log_density == least
+        # Ties to the lower id.
+        kept = above | (tied & (tied.cumsum(dim=-1) <= top_k - above.sum(dim=-1, keepdim=True)))
+        log_density = log_density.masked_fill(~kept, -torch.inf)
     if top_p < 1:
-        probabilities = torch.softmax(ordered.masked_fill(~keep, -torch.inf), dim=-1)
-        keep &= probabilities.cumsum(dim=-1) - probabilities < top_p
-    kept = torch.zeros_like(keep).scatter(-1, index, keep)
-    return torch.log_softmax(log_density.masked_fill(~kept, -torch.inf), dim=-1)
+        ordered, index = log_density.sort(dim=-1, descending=True, stable=True)
+        probabilities = torch.softmax(ordered, dim=-1)
+        kept = probabilities.cumsum(dim=-1) - probabilities < top_p
+        log_density = log_density.masked_fill(~torch.zeros_like(kept).scatter(-1, index, kept), -torch.inf)
+    return torch.log_softmax(log_density, dim=-1)
 
 
 def choose(

@@ -4,36 +4,22 @@ Everything is compared with the plain reference decoder (tests/reference.py), wh
 no batch.
 """
 
-import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from engines import DYNAMIC, NO_STOP, assert_equal
 from reference import Changing, ChangingWithKeptCache, decode, plain_twin
 from synthetic import make_model, make_requests
 
-from actors.engine import CancelledError
+from actors.engine import UNPROVEN
 from actors.kv_cache import KVCache
 from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
-from tstar_ray.decoding import Decoding, Variant
+from tstar_ray.decoding import Variant
 from tstar_ray.trajectory import Request, tokens_per_forward
 from tstar_ray.weights import checksum, flatten
-
-DYNAMIC = Decoding(block_size=4, max_new_tokens=24, stop_ids=(7, 11), threshold=0.12)
-NO_STOP = replace(DYNAMIC, stop_ids=())
-
-
-def assert_equal(trajectory, request, twin, model, decoding):
-    if request.max_new_tokens:
-        decoding = replace(decoding, max_new_tokens=request.max_new_tokens)
-    ids, steps, logprobs, length, reason = decode(twin, model, list(request.prompt_ids), decoding, request.seed)
-    assert trajectory.validate().token_ids.tolist() == ids
-    assert trajectory.step_map.tolist() == steps
-    assert (trajectory.completion_len, trajectory.stop_reason) == (length, reason)
-    np.testing.assert_allclose(trajectory.logprobs, logprobs, atol=1e-5)
-
 
 MIX = [
     DYNAMIC,
@@ -112,109 +98,12 @@ def test_samples_of_a_group_may_be_decoded_in_different_ways(model, twin):
     assert not all(same[2::3])
 
 
-def test_slots_are_never_idle_while_something_waits(model):
-    engine = TorchEngine(model, max_batch=3)
-    requests = [
-        replace(r, max_new_tokens=n) for r, n in zip(make_requests([8] * 9), (32, 4, 4, 4, 16, 4, 8, 4, 4), strict=True)
-    ]
-    static = replace(NO_STOP, strategy="static", max_new_tokens=32)
-    found = engine.generate(requests, static)
-    assert [t.completion_len for t in found] == [r.max_new_tokens for r in requests]
-    # 80 steps of work for three slots, one token each; the first request alone takes 32 of them.
-    assert engine.stats.forwards == 32
-    assert engine.stats.occupancy == 80 / 32
-
-
-def test_trap_48_memory_is_reserved_for_the_longest_and_never_exceeded(model, twin, monkeypatch):
-    """Requests of growing length under a cache for three short sequences, or one long one."""
-    held = []
-    resize = KVCache.resize
-
-    def recording(self, slots, length, *, kept):
-        held.append((slots, length))
-        resize(self, slots, length, kept=kept)
-
-    monkeypatch.setattr(KVCache, "resize", recording)
-    per_position = KVCache(model.hf.config, dtype=torch.float32, device=torch.device("cpu")).bytes_per_position
-    engine = TorchEngine(model, cache_gb=100 * per_position / 2**30)
-    requests = [
-        replace(r, max_new_tokens=n)
-        for r, n in zip(make_requests([3, 9, 8, 40, 5, 12, 6]), (20, 24, 24, 60, 12, 20, 8), strict=True)
-    ]
-    decoding = replace(DYNAMIC, max_new_tokens=60)
-    for request, trajectory in zip(requests, engine.generate(requests, decoding)):
-        assert_equal(trajectory, request, twin, model, decoding)
-    assert max(slots * length for slots, length in held) <= 100
-    assert max(length for _, length in held) == 100, "the long one was served"
-    assert max(slots for slots, _ in held) >= 3, "the short ones were served together"
-
-
-def test_the_prompt_of_a_group_is_read_once(model, twin):
-    prompt = make_requests([14])[0].prompt_ids
-    requests = [Request(0, i, prompt, seed=50 + i) for i in range(6)]
-    # Two at a time end together, so that the next two find nobody to copy from.
-    for max_batch, reads in ((6, 1), (2, 3), (1, 6)):
-        engine = TorchEngine(model, max_batch=max_batch)
-        found = engine.generate(requests, NO_STOP)
-        for request, trajectory in zip(requests, found):
-            assert_equal(trajectory, request, twin, model, NO_STOP)
-        # Every step computes a block; every block but the last is computed once more to be committed.
-        queries = sum(4 * (t.denoising_steps + t.blocks - 1) for t in found)
-        assert engine.stats.forwarded_tokens == queries + reads * 12
-
-
-def test_prompts_beyond_the_pass_limit_are_read_in_pieces(model, twin):
-    engine = TorchEngine(model, pass_tokens=16)
-    requests = make_requests([70, 3, 41, 22])
-    for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
-        assert_equal(trajectory, request, twin, model, DYNAMIC)
-    assert engine.stats.prefills == 4 + 3 + 1, "what is left of 68, 40 and 20 is no more than a block"
-
-
-def test_short_prompts_beyond_the_pass_limit_share_passes(model, twin):
-    """8 prompts of 20 tokens: four are read in a pass of 88, then four more, and all take their first step together."""
-    engine = TorchEngine(model, pass_tokens=88)
-    requests = make_requests([20] * 8)
-    for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC)):
-        assert_equal(trajectory, request, twin, model, DYNAMIC)
-    assert engine.stats.prefills == 2
-
-
-def test_cancelled_groups_fail_the_calls_that_wait_for_them_and_no_others(model, twin):
-    engine = TorchEngine(model, max_batch=3)
-    requests = make_requests([5, 9, 13, 17, 21])
-    streams = [engine.stream(requests[:3], NO_STOP), engine.stream(requests[3:], DYNAMIC)]
-    engine.cancel({0, 2, 99})
-    with pytest.raises(CancelledError, match="its group was cancelled"):
-        list(streams[0])
-    for trajectory in streams[1]:
-        assert_equal(trajectory, requests[trajectory.group_id], twin, model, DYNAMIC)
-    assert engine.stats.sequences in (2, 3), "the third of the first call may have been decoded before it failed"
-    engine.sleep()  # nothing is left behind
-
-
 def test_a_request_may_have_a_cap_of_its_own(model, twin):
     requests = [replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 6, 7]), (3, 11, 999), strict=True)]
     found = TorchEngine(model).generate(requests, NO_STOP)
     assert [t.completion_len for t in found] == [3, 10, 21]
     with pytest.raises(ValueError, match="max_new_tokens=2 does not complete one block of 4 after a prompt of 5"):
         TorchEngine(model).generate([replace(requests[0], max_new_tokens=2)], NO_STOP)
-
-
-def test_streams_yield_what_ends_first_and_closing_one_gives_up_the_rest(model, twin):
-    engine = TorchEngine(model)
-    requests = [replace(r, max_new_tokens=n) for r, n in zip(make_requests([8, 8, 8]), (24, 4, 12), strict=True)]
-    assert [t.group_id for t in engine.stream(requests, NO_STOP)] == [1, 2, 0]
-    other = engine.stream(make_requests([9, 10], seed=4), DYNAMIC)
-    stream = engine.stream(requests, NO_STOP)
-    assert next(stream).group_id == 1
-    with pytest.raises(RuntimeError, match="sequences are being decoded"):
-        engine.sleep()
-    stream.close()
-    assert len(list(other)) == 2, "what others asked for goes on"
-    engine.sleep()
-    assert engine._cache.keys[0].numel() == 0
-    assert_equal(engine.generate(requests, NO_STOP)[0], requests[0], twin, model, NO_STOP)
 
 
 def changed_after(model, engine, requests, decoding, other):
@@ -256,6 +145,23 @@ def test_trap_31_invariant_1_weights_in_flight(block, policy):
     assert any(len(set(t.weight_versions)) == 2 for t in found), "a sequence saw both"
 
 
+def test_invariant_8_an_update_that_fails_half_way_leaves_no_proof_and_decodes_nothing():
+    model = make_model(seed=2)
+    engine, flat = TorchEngine(model), flatten(make_model(seed=8))
+    under_way = engine.stream(make_requests([9]), NO_STOP)
+    with torch.inference_mode():
+        last = torch.nn.Parameter(model.hf.lm_head.weight.clone())  # which cannot be written to outside of that mode
+    whole, model.hf.lm_head.weight = model.hf.lm_head.weight, last
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        engine.load_weights(flat, 1)
+    assert engine.proof == UNPROVEN
+    with pytest.raises(RuntimeError, match="nothing is decoded with half an update of the weights"):
+        list(under_way)
+    model.hf.lm_head.weight = whole
+    assert engine.load_weights(flat, 1).checksum == checksum(flat)
+    assert len(engine.generate(make_requests([9]), NO_STOP)) == 1
+
+
 def test_what_new_weights_recompute_is_read_in_pieces_too():
     engine = TorchEngine(make_model(seed=2), pass_tokens=16)
     found, switch = changed_after(
@@ -269,78 +175,6 @@ def test_what_new_weights_recompute_is_read_in_pieces_too():
     twin = Changing(plain_twin(make_model(seed=2)), plain_twin(make_model(seed=8)), switch=switch)
     request = replace(make_requests([12, 28])[1], max_new_tokens=40)
     assert_equal(found[1], request, twin, make_model(seed=2), replace(NO_STOP, max_new_tokens=40))
-
-
-def test_pause_stops_decoding_and_weights_get_in_between_the_passes_of_a_busy_engine():
-    """A second thread decodes without end; the first pauses it, looks, and loads weights three times."""
-    engine = TorchEngine(make_model(seed=2))
-    flat = flatten(make_model(seed=8))
-    found, stop, started = [], threading.Event(), threading.Event()
-
-    def work():
-        while not stop.is_set():
-            for trajectory in engine.stream(make_requests([9, 20, 13]), replace(NO_STOP, max_new_tokens=400)):
-                found.append(trajectory)
-                started.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert started.wait(60)
-    for version in (1, 2, 3):
-        with engine.paused():
-            before = engine.stats.forwards
-            assert not stop.wait(0.05)
-            assert engine.stats.forwards == before
-            assert engine.load_weights(flat, version).version == version, "also from inside a pause"
-        seen = len(found)
-        while len(found) < seen + 3:
-            assert not stop.wait(0.01)
-    stop.set()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert {0, 1, 2, 3} <= {int(v) for t in found for v in t.weight_versions}
-    assert all((np.diff(t.weight_versions) >= 0).all() for t in found)
-
-
-def test_calls_from_several_threads_are_decoded_together(model, twin):
-    engine = TorchEngine(model)
-    calls = [(make_requests([5, 11, 20], seed=i), replace(DYNAMIC, block_size=b)) for i, b in enumerate((2, 4, 8, 16))]
-    found = [None] * len(calls)
-
-    def work(i):
-        found[i] = engine.generate(*calls[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    with engine.paused():
-        for thread in threads:
-            thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    for (requests, decoding), trajectories in zip(calls, found):
-        for request, trajectory in zip(requests, trajectories, strict=True):
-            assert_equal(trajectory, request, twin, model, decoding)
-
-
-def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, monkeypatch):
-    engine = TorchEngine(model)
-    calls, hidden = [], model.hidden
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("out of memory")
-        return hidden(*arguments)
-
-    monkeypatch.setattr(model, "hidden", failing)
-    other = engine.stream(make_requests([6], seed=3), NO_STOP)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.generate(make_requests([9, 12]), NO_STOP)
-    with pytest.raises(RuntimeError, match="failed in another call, which took this call's sequences with it"):
-        list(other)
-    assert len(calls) == 4
-    for request, trajectory in zip(make_requests([9, 12]), engine.generate(make_requests([9, 12]), DYNAMIC)):
-        assert_equal(trajectory, request, twin, model, DYNAMIC)
 
 
 def test_statistics_add_up(model):

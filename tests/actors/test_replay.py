@@ -297,8 +297,17 @@ def test_forwards_equal_denoising_steps_no_commit_costs_a_pass(model):
 
 def test_a_cache_too_small_for_one_sequence_is_named(model):
     engine = TorchEngine(model, cache_gb=1e-6)
-    with pytest.raises(ValueError, match=r"needs 0.00 GiB of cache, actors.cache_gb allows 0.00"):
+    with pytest.raises(ValueError, match=r"20 tokens needs 20 KiB of cache, actors.cache_gb=1e-06 allows 1 KiB"):
         engine.generate(make_requests([9]), make_decoding(4, "static", 1.0))
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_and_costs_nobody_else_a_sequence(model, twin):
+    engine, decoding = TorchEngine(model), make_decoding(4, "static", 1.0)
+    other = engine.stream(make_requests([9]), decoding)
+    for bad in (64, -1):
+        with pytest.raises(ValueError, match=f"group 3 holds token {bad}, outside the model's vocabulary of 64"):
+            engine.generate([Request(3, 0, (1, bad), 0)], decoding)
+    assert_equals_reference(next(other), make_requests([9])[0], model, twin, decoding)
 
 
 def test_a_mask_token_in_the_prompt_and_a_cap_below_one_block_are_refused(model):

@@ -191,10 +191,12 @@ def test_greedy_takes_the_likeliest_and_records_its_log_prob_at_temperature_one(
     assert found.logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item())
 
 
-def test_truncate_equals_a_plain_loop():
-    rng = np.random.default_rng(1)
-    for top_k, top_p in [(0, 0.5), (3, 1.0), (5, 0.7), (50, 0.999)]:
-        density = torch.log_softmax(torch.tensor(rng.normal(size=(20, 30))), -1)
+def test_truncate_equals_a_plain_loop_and_sorts_nothing_for_top_k_alone(monkeypatch):
+    rng, sort = np.random.default_rng(1), torch.Tensor.sort
+    for top_k, top_p in [(0, 0.5), (3, 1.0), (5, 0.7), (50, 0.999), (9, 1.0)]:
+        logits = rng.normal(size=(20, 30))
+        density = torch.log_softmax(torch.tensor(logits if top_p < 1 else logits.round(1)), -1)  # ties at the last one
+        monkeypatch.setattr(torch.Tensor, "sort", sort if top_p < 1 else None)
         found = truncate(density, top_k=top_k, top_p=top_p)
         for row, expected in zip(found, density):
             kept = kept_by_truncation(expected.numpy(), top_k, top_p)

@@ -1,0 +1,39 @@
+"""The engine's benchmarks run, on a small scale, and their script goes on where one of them fails."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rollout
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rollout_compares_the_same_tokens_decoded_in_every_way(tmp_path):
+    arguments = "--model embedded --blocks 4 --schedules static --prompts 8 --prompt 12 --new-tokens 40"
+    arguments += f" --plain-prompts 4 --max-batch 8 --repeats 1 --out {tmp_path / 'found.json'}"
+    rollout.main(arguments.split())
+    [row] = json.loads((tmp_path / "found.json").read_text())["results"]
+    [engine] = row["engine"]
+    assert engine["continuous"]["tokens"] == engine["shrinking"]["tokens"]
+    assert row["plain"]["mean_tokens"] == pytest.approx(engine["continuous"]["mean_tokens"], rel=0.15)
+    assert row["plain"]["forwards"] > row["plain"]["tokens"], "a pass for each token, and for each commit"
+    assert engine["continuous"]["forwards"] < engine["continuous"]["tokens"] / 4
+    assert engine["times_faster_than_plain"] == engine["continuous"]["tokens_per_s"] / row["plain"]["tokens_per_s"]
+
+
+def test_what_fails_on_a_gpu_is_named_and_the_others_are_measured(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$2" >> "$LOG"\n[ "$2" != benchmarks.checks ]\n')
+    python.chmod(0o755)
+    found = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", tmp_path],
+        env=os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stderr) == (1, "failed: checks\n")
+    assert (tmp_path / "log").read_text().split() == ["benchmarks.checks", "benchmarks.rollout", "benchmarks.learner"]
