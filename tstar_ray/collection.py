@@ -15,15 +15,17 @@ class Limits:
     rollout_s: float
     """One unit on a rollout actor."""
     reward_s: float
-    """One sample on a reward actor, from when its chunk was sent, for a chunk of n samples n times that."""
+    """One sample on a reward actor; a chunk may take that for each sample in flight there when it is sent."""
     start_s: float
-    """Until actors have proved weights, and added to the limit of a chunk."""
+    """Added to the limit of a chunk, in which verifiers may have to start."""
     max_attempts: int
     """Tries of one sample."""
     in_flight: int = 1
     """An actor with so many samples in flight gets no further unit; 1: one unit at a time."""
     unit: int = 0
     """Most samples of a unit, at least one group; 0: a batch is one unit for each wanted actor."""
+    scoring: int = 64
+    """A reward actor with so many samples in flight gets no further chunk."""
 
 
 @dataclass(slots=True)
