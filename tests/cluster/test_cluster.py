@@ -21,7 +21,7 @@ from cluster.placement import wait_ready
 from cluster.pool import ActorPool, Supervision
 from cluster.session import ClusterError, connect
 from cluster.weights import ObjectStoreTransport
-from learner.group import LearnerError, LearnerGroup, LearnerLostError
+from learner.group import LearnerError, LearnerGroup, LearnerLostError, LearnerRank
 from reward.actor import remote_class as reward_class
 from tstar_ray.collection import Limits
 from tstar_ray.collector import Collector
@@ -222,11 +222,15 @@ def test_work_ahead_is_sent_in_small_units_up_to_a_number_in_flight(parts, start
     limits = Limits(rollout_s=120, reward_s=5, start_s=60, max_attempts=2, unit=7, in_flight=10)
     ahead = Collector(rollouts, rewards, limits, seed=1, score_truncated=False, on_event=events.append)
     ahead.serve(ObjectStoreTransport().publish(start_weights, 3))
-    batch = ahead.dispatch(ask(9, first=700), DECODING, group_size=3)
+    batch = ahead.dispatch(ask(19, first=700), DECODING, group_size=3)
     sent = sorted((job.actor, len(job.payload)) for job in ahead._rolling.values())
     assert sent == sorted((name, 6) for name in rollouts.handles for _ in range(2)), "2 groups a unit, 10 reached by 2"
-    assert [len(unit) for unit in batch._units] == [6] * (4 - len(sent)) + [3]
-    assert [g.group_id for g in ahead.finish(batch).groups] == list(range(700, 709))
+    assert [len(unit) for unit in batch._units] == [6] * (9 - len(sent)) + [3]
+    batch._again = [request for unit in batch._units for request in unit]
+    batch._units.clear()
+    ahead._send()
+    assert max(len(unit) for unit in batch._units) == 7, "samples that are tried again form units as well"
+    assert [g.group_id for g in ahead.finish(batch).groups] == list(range(700, 719))
     collector.serve(ObjectStoreTransport().publish(start_weights, 4))
 
 
@@ -280,6 +284,14 @@ class FailingRank(SimulatedRank):
 
     def _update(self, groups, spec, *, update):
         raise UnreadableError("one", "two")
+
+
+def test_the_port_of_the_rendezvous_is_held_until_it_begins(session):
+    rank = LearnerRank(0, None, None, threads=1, seed=0, weights=None)
+    _, port = rank.address()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    rank._port.close()
 
 
 class Guest:
