@@ -172,7 +172,7 @@ def test_verifications_are_not_late_for_waiting_behind_others_or_for_a_driver_th
         assert rewards.restarts == before
         batch = slow.dispatch(ask(4, "0.15", first=300), DECODING, group_size=8)
         while not slow._scoring:
-            slow.wait([ray.remote(lambda: None).options(num_cpus=0).remote()], timeout=30)
+            slow._pump()
         time.sleep(3)
         assert slow.finish(batch).reward_s > 4
         assert rewards.restarts == before
