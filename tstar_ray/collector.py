@@ -23,8 +23,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -32,7 +31,7 @@ import ray
 from cluster.placement import first_line
 from cluster.pool import ActorPool
 from cluster.weights import Published
-from tstar_ray.collection import Collection, Limits
+from tstar_ray.collection import Batch, Collection, Limits, OpenGroup, sample_seed
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
@@ -43,51 +42,6 @@ _FAILURES = 3
 """Units in a row that an actor may fail at, unless all hold the same group."""
 _FAILED = (ray.exceptions.RayTaskError, ray.exceptions.UnserializableException)
 """A call failed in an actor that lives; by any other error of Ray the actor, its node or its answer is gone."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A group being collected."""
-
-    problem: PromptedProblem
-    size: int
-    attempts_left: int
-    samples: list[Sample] = field(default_factory=list)
-    issued: int = 0
-
-
-class Batch:
-    """Groups dispatched together, decoded the same way."""
-
-    def __init__(self, decoding: Decoding, variants: Sequence[Variant], group_size: int, rank: tuple[int, int]) -> None:
-        """``rank``: batches of lower rank are served first."""
-        self.decoding, self.variants, self.group_size, self.rank = decoding, variants, group_size, rank
-        self.when_done: Callable[[Batch], None] = lambda batch: None
-        """See `Collector.dispatch`."""
-        self.order: list[int] = []
-        """Ids of its groups."""
-        self.found = Collection()
-        """What there is, complete once `done`."""
-        self._open: dict[int, _Open] = {}
-        self._complete: dict[int, Group] = {}
-        self._units: deque[list[Request]] = deque()
-        self._again: list[Request] = []
-        self._began = self._rolled = time.monotonic()
-
-    @property
-    def done(self) -> bool:
-        """Every group is complete or failed."""
-        return not self._open
-
-    @property
-    def left(self) -> int:
-        """Groups that are neither complete nor failed."""
-        return len(self._open)
-
-    def _close(self) -> None:
-        self.found.groups = [self._complete[i] for i in self.order if i in self._complete]
-        self.found.rollout_s = self._rolled - self._began
-        self.found.reward_s = time.monotonic() - self._rolled
 
 
 @dataclass(slots=True)
@@ -110,12 +64,6 @@ class _Trouble:
     at: float
     groups: set[int]
     """In all of them: what may be to blame instead of the actor."""
-
-
-def sample_seed(seed: int, group_id: int, sample: int) -> int:
-    """Seed of one sample: 62 bits of a hash, so that no two samples of a run share a random stream."""
-    digest = blake2b(f"{seed}/{group_id}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 class Collector:
@@ -199,7 +147,7 @@ class Collector:
         attempts = group_size * (self._limits.max_attempts - 1)
         for group_id, problem in problems.items():
             batch.order.append(group_id)
-            batch._open[group_id] = _Open(problem, group_size, attempts)
+            batch._open[group_id] = OpenGroup(problem, group_size, attempts)
         ids = list(problems)
         size = -(-len(ids) // self.rollouts.count)
         if self._limits.unit:
