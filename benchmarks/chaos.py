@@ -198,12 +198,21 @@ class Chaos:
         self._start_driver()
         return (pid,)
 
-    def _lose_node(self) -> tuple[int, ...]:
-        """Kill a node, and after a moment have another join."""
-        pid = self._nodes.kill(self._chance.choice(self._nodes.killable))
+    def _lose_node(self) -> tuple[int, ...] | None:
+        """Kill a node that actors live on, and after a moment have another join; the node's raylet and those actors."""
+        try:
+            status = read_status(self._folder)
+        except OSError:
+            return None
+        actors = {pid for role in ("rollout", "reward", "learner") for pid in victims(role, status)}
+        inhabited = [(node, found) for node in self._nodes.killable if (found := self._nodes.workers(node) & actors)]
+        if not inhabited:
+            return None
+        node, lost = self._chance.choice(inhabited)
+        pid = self._nodes.kill(node)
         time.sleep(self._chance.uniform(0, 5))
         self._nodes.add(cpus=NODE_CPUS)
-        return (pid,)
+        return (pid, *sorted(lost))
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         result = json.loads((self._folder / "result.json").read_text())
@@ -223,6 +232,9 @@ class Chaos:
                 "learner rebuilt": text.count("building the learner anew"),
                 "checkpoints resumed": text.count("\nresumed "),
             }
+            lost = [fault.pids[1:] for fault in self._faults if fault.role == "node"]
+            assert all(lost), f"a node was lost that no actor lived on: {lost}"
+            summary["recovery"]["actors lost with their node"] = sum(map(len, lost))
             summary["faults"] = {kind: _times([f for f in self._faults if f.kind == kind]) for kind in KINDS}
         return summary
 

@@ -1,6 +1,6 @@
 """The books of a run, checked from what it left on disk alone: nothing lost, nothing twice, nothing too old.
 
-metrics.jsonl, traces/*.parquet, the last checkpoint ──► Audit        (AssertionError where they do not add up)
+metrics.jsonl, result.json, traces/*.parquet, the last checkpoint ──► Audit    (AssertionError where they do not add up)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Audit:
 def audit(folder: Path) -> Audit:
     """Check a run that has ended."""
     config = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
-    records = _updates(folder)
+    records = _records(folder, "update")
     total = len(records)
     assert [r["update"] for r in records] == list(range(1, total + 1)), "an update is missing or recorded twice"
     traces = {int(p.stem.removeprefix("update-")): p for p in (folder / "traces").glob("update-*.parquet")}
@@ -68,6 +68,9 @@ def audit(folder: Path) -> Audit:
         recorded = sum(r[f"groups/{outcome}"] for r in records)
         assert ended[outcome] == recorded, f"{recorded} groups recorded as {outcome}, the books say {ended[outcome]}"
     assert ended["trained"] + ended["filtered"] == len(ids), f"{len(ids)} groups in the traces, ended {ended}"
+    told = json.loads((folder / "result.json").read_text())["groups"]
+    exported = {k.removeprefix("groups_total/"): v for k, v in _records(folder, "groups")[-1].items() if "/" in k}
+    assert told == exported == {"dispatched": dispatched, **ended}, f"result {told}, metrics {exported}, books {ended}"
     _check_problems(config, state, problems, failed=ended["failed"])
     verdicts: Counter[str] = Counter()
     for record in records:
@@ -94,9 +97,9 @@ def _check_problems(config: Config, state: dict[str, Any], used: Counter[str], *
     assert lost.total() == failed, f"{lost.total()} problems are in no group, {failed} groups failed"
 
 
-def _updates(folder: Path) -> list[dict[str, Any]]:
+def _records(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == "update"]
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def _refuse(reason: str) -> None:

@@ -32,7 +32,9 @@ def grade(text: str, answer: str) -> Verdict:
     return Verdict.correct if text == answer else Verdict.wrong
 
 
-def simulate(config: Config, times: Times, folder: Path, *, name: str) -> Result:
+def simulate(
+    config: Config, times: Times, folder: Path, *, name: str, rank_class: type[SimulatedRank] = SimulatedRank
+) -> Result:
     """One run of the real controller; its records are in ``folder``/metrics.jsonl."""
     import ray
 
@@ -55,7 +57,7 @@ def simulate(config: Config, times: Times, folder: Path, *, name: str) -> Result
             threads=1,
             seed=0,
             weights=ObjectStoreTransport(),
-            rank_class=SimulatedRank,
+            rank_class=rank_class,
         )
         stack.callback(learner.stop)
         collector = start_rollouts(

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 MARK = f"TSTAR_CHAOS_{os.getpid()}_{secrets.token_hex(4)}"
 """Name of an environment variable that every process of the cluster, and nothing else, has."""
 
@@ -66,9 +68,17 @@ class Nodes:
         """One more node."""
         return self._cluster.add_node(num_cpus=cpus, node_ip_address="127.0.0.1")
 
+    def workers(self, node: Any) -> set[int]:
+        """Processes that a node's raylet started."""
+        return {child.pid for child in psutil.Process(self._raylet(node)).children(recursive=True)}
+
+    @staticmethod
+    def _raylet(node: Any) -> int:
+        return node.all_processes["raylet"][0].process.pid
+
     def kill(self, node: Any) -> int:
         """SIGKILL to all processes of a node; its workers end as their raylet is gone. Returns the raylet's pid."""
-        pid = node.all_processes["raylet"][0].process.pid
+        pid = self._raylet(node)
         self._cluster.remove_node(node, allow_graceful=False)
         return pid
 

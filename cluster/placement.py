@@ -87,6 +87,8 @@ def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str, *, supervis
     died, unless they are ``supervised`` and whoever does that replaces it."""
     import ray
 
+    # A process that the kernel or Ray ended for want of memory has died like any other.
+    died = ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError
     names = {ref: name for name, ref in refs.items()}
     pending, results = list(names), {}
     deadline = time.monotonic() + timeout_s
@@ -102,7 +104,7 @@ def wait_ready(refs: Mapping[str, Any], timeout_s: float, what: str, *, supervis
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
-            except ray.exceptions.RayActorError as error:
+            except died as error:
                 if not supervised:
                     raise ActorLostError(f"{names[ref]} did not start: {_cause(error)}") from error
             except ray.exceptions.RayError as error:

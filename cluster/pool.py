@@ -123,9 +123,14 @@ class ActorPool:
         return sum(m.state != "live" and not m.draining for m in self._members)
 
     @property
+    def all_handles(self) -> dict[str, Any]:
+        """Actors whose answers count, by name, also those that get no new work now."""
+        return {m.name: m.handle for m in self._members if m.handle is not None}
+
+    @property
     def names(self) -> set[str]:
-        """Actors whose answers count, also those that get no new work now."""
-        return {m.name for m in self._members if m.handle is not None}
+        """Of `all_handles`."""
+        return set(self.all_handles)
 
     @property
     def places(self) -> dict[str, Place]:
@@ -153,6 +158,13 @@ class ActorPool:
         for member in self._members:
             if member.state in ("live", "proving"):
                 self._prove(member)
+
+    def forget_weights(self) -> None:
+        """Those published last cannot be had any more: actors that have not proved them wait for the next."""
+        self._published = None
+        for member in self._members:
+            if member.state == "proving":
+                member.ref = None
 
     def take(self, ref: Any) -> bool:
         """Handle one of `refs` that is done; False if it is none of them."""

@@ -5,8 +5,9 @@
     ray job submit -- python -m cluster.scale --job NAME --run-dir /data/runs --rollout 8
 
 The command writes ``scale.json`` into the run folder, and the driver answers in ``status.json``; both are replaced
-as a whole. What was asked for last also holds for a run that resumes. Actors the cluster has no room for stay
-pending: Ray's autoscaler sees them, and they start when nodes join.
+as a whole. What was asked for last also holds for a run that resumes, from its start on. Actors the cluster has no
+room for stay pending: Ray's autoscaler sees them, and they start when nodes join. A file that holds no such request is
+named and ignored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,31 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray tells the driver of a submitted job: its submission id, and what `--metadata-json` gave."""
 
 
+def read_request(folder: Path) -> dict[str, int]:
+    """Actors that were asked for, by role; empty where nothing was. Raises ValueError with the file and the remedy."""
+    path = folder / REQUEST
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is ignored: {error}; ask again by python -m cluster.scale, or delete the file"
+        ) from error
+
+
+def _parse(request: bytes) -> dict[str, int]:
+    counts = json.loads(request)
+    if not isinstance(counts, dict):
+        raise ValueError(f"it holds {counts!r} instead of a number of actors by role")
+    for role, count in counts.items():
+        if role not in _ROLES:
+            raise ValueError(f"{role!r} is none of {', '.join(_ROLES)}")
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{role} = {count!r}, but it takes a whole number of actors, at least 1")
+    return counts
+
+
 class Desk:
     """The driver's side: call `tick` now and then."""
 
@@ -42,27 +68,30 @@ class Desk:
     ) -> None:
         """``pools`` by role; ``learner`` tells where its ranks run."""
         self._folder, self._pools, self._learner, self._on_event = folder, pools, learner, on_event
-        self._seen: bytes | None = None
+        self._refused = ""
         self._written = ""
         self._driver, self._job = here("driver"), json.loads(os.environ.get(_JOB, "{}")).get("metadata", {})
 
     def tick(self) -> None:
         """Take a request if there is a new one, and say how things stand."""
-        try:
-            request = (self._folder / REQUEST).read_bytes()
-        except FileNotFoundError:
-            request = None
-        if request and request != self._seen:
-            self._seen = request
-            for role, count in json.loads(request).items():
-                pool = self._pools[role]
-                if count != pool.count:
-                    self._on_event(f"{pool.count} {role} actors wanted so far, now {count}")
-                    pool.resize(count)
+        for role, count in self._request().items():
+            pool = self._pools[role]
+            if count != pool.count:
+                self._on_event(f"{pool.count} {role} actors wanted so far, now {count}")
+                pool.resize(count)
         status = json.dumps(self._status(), indent=1)
         if status != self._written:
             _replace(self._folder / STATUS, status)
             self._written = status
+
+    def _request(self) -> dict[str, int]:
+        try:
+            return read_request(self._folder)
+        except ValueError as error:
+            if str(error) != self._refused:
+                self._refused = str(error)
+                self._on_event(self._refused)
+            return {}
 
     def _status(self) -> dict[str, Any]:
         def places(found: Mapping[str, Place]) -> dict[str, Any]:
@@ -87,9 +116,11 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def ask(folder: Path, counts: Mapping[str, int]) -> None:
     """Ask for this many actors of each role; roles that are not named stay as they are."""
-    path = folder / REQUEST
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    _replace(path, json.dumps(before | dict(counts)))
+    try:
+        before = read_request(folder)
+    except ValueError:
+        before = {}
+    _replace(folder / REQUEST, json.dumps(before | dict(counts)))
 
 
 def _replace(path: Path, text: str) -> None:

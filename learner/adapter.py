@@ -220,6 +220,8 @@ def fill_token(tokenizer: Any, stop_ids: Sequence[int]) -> int:
 class AdapterGroup(LearnerGroup):
     """Driver-side handle of all ranks."""
 
+    room_settings = "train.cpus, train.gpus"
+
     def losses(self, examples: Sequence[Example], blocks: Sequence[int]) -> dict[int, float]:
         """See `Adapter.losses`."""
         return self._call("losses", examples, blocks)

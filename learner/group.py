@@ -3,9 +3,10 @@
     controller ──update(groups)──► every rank ──gradients between ranks──► report of rank 0
                 ──publish(v)─────► every rank gathers, rank 0 stores the flat buffer
 
-A process group cannot be healed: when a rank is lost, the call raises `LearnerLostError`, and `restart` builds the
-group anew, to continue from the last checkpoint. An error of the update itself is a `LearnerError`. Every wait has a
-time limit, and goes through `LearnerGroup.wait`, so that others' work can go on meanwhile.
+A process group cannot be healed: when a rank is lost, the call raises `LearnerLostError`, and so does `check`, for
+whoever waits for something else meanwhile. `restart` then builds the group anew, to continue from the last checkpoint.
+An error of the update itself is a `LearnerError`. Every wait has a time limit, and goes through `LearnerGroup.wait`, so
+that others' work can go on meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from tstar_ray.trajectory import Group, Trajectory
 
 _COLLECTIVE = ("gloo", "NCCL", "DistBackendError", "Connection reset by peer", "Connection closed by peer")
 """Signs of a collective that failed, in the text of an error."""
+_OTHERS = "the wait for others"
+_ROOM_S = 3600.0
+"""Ranks that are built anew wait so long for room, as after the loss of a node that is being replaced."""
 
 
 class WeightSink(Protocol):
@@ -37,6 +41,10 @@ class LearnerError(RuntimeError):
 
 class LearnerLostError(LearnerError):
     """A rank died or does not answer."""
+
+
+class _LateError(LearnerLostError):
+    """Out of time."""
 
 
 class LearnerRank:
@@ -56,6 +64,7 @@ class LearnerRank:
         self._threads, self._seed, self._weights = threads, seed, weights
         self._trainer: Any = None
         self._flat: Any = None  # the buffer of publishes, filled anew by each
+        self._port = socket.socket()  # of the rendezvous, held until it begins
 
     def __repr__(self) -> str:
         return f"Learner({self._rank})"
@@ -67,9 +76,8 @@ class LearnerRank:
         """Host and a free port for the rendezvous; asked of rank 0."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        self._port.bind(("", 0))
+        return ray.util.get_node_ip_address(), self._port.getsockname()[1]
 
     def setup(self, world: int, host: str, port: int) -> Place:
         """Load the model, join the process group and start DeepSpeed; returns where it runs."""
@@ -82,6 +90,7 @@ class LearnerRank:
         torch.manual_seed(self._seed)
         device, dtype = pick_device(gpus=self._learner.gpus, dtype=self._model.dtype)
         checkpoint = self._load(dtype=dtype, device=device)
+        self._port.close()
         join_process_group(
             rank=self._rank,
             world=world,
@@ -117,7 +126,10 @@ class LearnerRank:
 
 
 class LearnerGroup:
-    """Driver-side handle of all ranks. ``wait`` is `ray.get` with errors turned into `LearnerError`."""
+    """Driver-side handle of all ranks."""
+
+    room_settings = "learner.cpus, learner.gpus, learner.labels"
+    """What decides where a rank finds room."""
 
     def __init__(
         self,
@@ -133,6 +145,8 @@ class LearnerGroup:
         """``options`` are Ray's for one rank; ``rank_class`` has the methods of `LearnerRank`."""
         import ray
 
+        from cluster.placement import amounts
+
         self._timeout_s, self._silent_s = learner.timeout_s, learner.silent_s
         self._count = learner.ranks
         ray.method(concurrency_group="health")(rank_class.alive)
@@ -145,8 +159,11 @@ class LearnerGroup:
             )
 
         self._make = make
+        self._asked = amounts({"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)})
         self.wait: Callable[..., tuple[list[Any], list[Any]]] = ray.wait
         """(refs, timeout=seconds) -> (done, pending)."""
+        self.on_event: Callable[[str], None] = lambda text: None
+        """Is told of a wait for room."""
         self.places: dict[str, Place] = {}
         """Where the ranks run; empty until all have started."""
         self.restarts = 0
@@ -157,20 +174,46 @@ class LearnerGroup:
     def _make_ranks(self) -> None:
         suffix = f"-r{self.restarts}" if self.restarts else ""
         self._signs: dict[int, tuple[Any, float]] = {}
+        self._looked, self._doing = time.monotonic(), _OTHERS
         self.places = {}
         self.ranks = [self._make(rank, f"learner-{rank}{suffix}") for rank in range(self._count)]
 
-    def start(self, timeout_s: float) -> dict[str, Any]:
-        """Begin the rendezvous; returns a ref for each rank that resolves to its `Place` once it trains."""
+    def start(self, timeout_s: float, *, room_s: float = 0.0) -> dict[str, Any]:
+        """Begin the rendezvous; returns a ref for each rank that resolves to its `Place` once it trains. Raises
+        LearnerError where the ranks find no room within the longer of both limits."""
+        self._find_room(timeout_s, room_s)
         host, port = self._wait([self.ranks[0].address.remote()], timeout_s, "rendezvous address")[0]
         return {f"learner-{i}": rank.setup.remote(len(self.ranks), host, port) for i, rank in enumerate(self.ranks)}
 
+    def _find_room(self, timeout_s: float, room_s: float) -> None:
+        """Wait until every rank has a process, and say every ``timeout_s`` seconds what is missing."""
+        import ray
+
+        from cluster.placement import amounts
+
+        refs, began = [rank.alive.remote() for rank in self.ranks], time.monotonic()
+        while True:
+            try:
+                self._wait(refs, timeout_s, "start")
+                return
+            except _LateError as error:
+                waited = time.monotonic() - began
+                missing = (
+                    f"learner ranks are not placed after {waited:.0f} s: {len(refs)} are asked for with "
+                    f"{self._asked} each ({self.room_settings}), the cluster has {amounts(ray.cluster_resources())}, "
+                    f"free {amounts(ray.available_resources())}; add nodes, or ask for less"
+                )
+                if waited >= room_s:
+                    raise LearnerError(f"{missing}, or raise cluster.start_timeout_s") from error
+                self.on_event(f"{missing}; waiting on, at most {room_s / 60:.0f} minutes")
+
     def restart(self, timeout_s: float) -> None:
-        """Build all ranks anew, from the start model; raises LearnerLostError where that takes too long or fails."""
+        """Build all ranks anew, from the start model. They wait for room up to an hour, as long as a node may take to
+        be replaced; once they have it, LearnerLostError is raised where the start takes too long or fails."""
         self.stop()
         self.restarts += 1
         self._make_ranks()
-        refs = self.start(timeout_s)
+        refs = self.start(timeout_s, room_s=_ROOM_S)
         self.places = dict(zip(refs, self._wait(list(refs.values()), timeout_s, "start")))
 
     def update(self, groups: Sequence[Group], spec: Any, *, update: int) -> Any:
@@ -212,45 +255,58 @@ class LearnerGroup:
         import ray
 
         pending, deadline = list(refs), time.monotonic() + timeout_s
-        while pending:
-            left = deadline - time.monotonic()
-            done, pending = self.wait(pending, timeout=max(0.0, min(left, self._silent_s / 4)))
-            if not done:
-                if left <= 0:
-                    raise LearnerLostError(f"learner: {what} took longer than {timeout_s:g} s")
-                self._probe(what)
-                continue
-            try:
-                ray.get(done)
-            except ray.exceptions.RayActorError as error:
-                raise LearnerLostError(f"learner: {what} failed: {error}") from error
-            except ray.exceptions.RayTaskError as error:
-                told = f"{type(error.cause).__name__}: {error.cause}"
-                if len(self.ranks) > 1 and any(sign in told for sign in _COLLECTIVE):
-                    # A collective notices a lost neighbour seconds before Ray does, and its group is of no more use.
-                    raise LearnerLostError(f"learner: a rank was lost during {what}: {error.cause}") from error
-                raise LearnerError(f"learner: {what} failed: {error.cause}") from error
+        self._doing = what
+        try:
+            while pending:
+                left = deadline - time.monotonic()
+                done, pending = self.wait(pending, timeout=max(0.0, min(left, self._silent_s / 4)))
+                if done:
+                    self._look_at(done, what)
+                elif left <= 0:
+                    raise _LateError(f"learner: {what} took longer than {timeout_s:g} s")
+                else:
+                    self.check()
+        finally:
+            self._doing = _OTHERS
         return ray.get(refs)
 
-    def _probe(self, what: str) -> None:
-        """Look for signs of life, and ask for the next. Raises LearnerLostError for a rank that died or, once all have
-        started, is silent; how long a start may take is up to the caller's own limit."""
+    def _look_at(self, done: list[Any], what: str) -> None:
+        import ray
+
+        try:
+            ray.get(done)
+        except (ray.exceptions.RayTaskError, ray.exceptions.UnserializableException) as error:
+            cause = getattr(error, "cause", None) or error
+            told = f"{type(cause).__name__}: {cause}"
+            if len(self.ranks) > 1 and any(sign in told for sign in _COLLECTIVE):
+                # A collective notices a lost neighbour seconds before Ray does, and its group is of no more use.
+                raise LearnerLostError(f"learner: a rank was lost during {what}: {cause}") from error
+            raise LearnerError(f"learner: {what} failed: {cause}") from error
+        except ray.exceptions.RayError as error:  # its process or node died, or was ended for want of memory
+            raise LearnerLostError(f"learner: {what} failed: {error}") from error
+
+    def check(self) -> None:
+        """Look for signs of life, and ask for the next; never waits. Raises LearnerLostError for a rank that died or,
+        once all have started, is silent; how long a start may take is up to the caller's own limit."""
         import ray
 
         now = time.monotonic()
+        # Time in which nobody looked, as when the driver was stopped, is nobody's silence.
+        away = max(0.0, now - self._looked - self._silent_s / 4)
+        self._looked = now
         for index, rank in enumerate(self.ranks):
             ref, sent = self._signs.get(index, (None, now))
             if ref is not None and ray.wait([ref], timeout=0)[0]:
                 try:
                     ray.get(ref)
-                except ray.exceptions.RayActorError as error:
-                    raise LearnerLostError(f"learner: rank {index} was lost during {what}: {error}") from error
+                except ray.exceptions.RayError as error:
+                    raise LearnerLostError(f"learner: rank {index} was lost during {self._doing}: {error}") from error
                 ref = None
-            if ref is None:
-                self._signs[index] = rank.alive.remote(), now
-            elif self.places and now - sent > self._silent_s:
+            self._signs[index] = (rank.alive.remote(), now) if ref is None else (ref, sent + away)
+            silent = now - self._signs[index][1]
+            if self.places and silent > self._silent_s:
                 raise LearnerLostError(
-                    f"learner: rank {index} gave no sign of life in {now - sent:.0f} s during {what}"
+                    f"learner: rank {index} gave no sign of life in {silent:.0f} s during {self._doing}"
                 )
 
     def stop(self) -> None:

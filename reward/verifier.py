@@ -65,7 +65,7 @@ class VerifierPool:
         """Admitted, not yet with a worker; the dispatcher's own."""
         self._inbox: deque[_Item] = deque()
         self._barren = 0
-        """Workers in a row that died with no item to blame."""
+        """Workers in a row that died before they were warm, with no item to blame."""
         self._respawns: Counter[str] = Counter()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -215,6 +215,7 @@ class VerifierPool:
             worker.ready = True
         elif message == WARM:
             worker.warm = True
+            self._barren = 0
         else:
             verdict, seconds, detail = message
             worker.done += 1
@@ -249,8 +250,7 @@ class VerifierPool:
         if worker.items:
             seconds = time.monotonic() - worker.turn_began
             self._finish(worker.items.popleft(), Result(verdict, seconds, detail))
-            self._barren = 0
-        else:
+        elif not worker.warm:
             self._barren += 1
             if self._barren >= _BARREN_LIMIT:
                 raise RuntimeError(f"workers for {self.grader!r} do not start; their stderr says why")

@@ -10,7 +10,7 @@ SIGKILL when the lifeline closes, even in C code that holds the GIL or behind bl
 It is a plain ``python -c`` rather than a ``multiprocessing`` process: those import the parent's main module again,
 which under Ray means Ray itself and in a driver torch, in every worker and after every kill. This module and
 ``reward.grading`` import the standard library alone, so a worker is ready in a tenth of a second.
-Linux only: /proc and RLIMIT_AS bound the memory.
+Linux only: /proc and RLIMIT_AS bound the memory, RLIMIT_CPU what threads do that outlive their item.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
+import math
 import os
 import resource
 import signal
@@ -37,6 +38,7 @@ from reward.grading import Verdict
 
 READY, WARM = "ready", "warm"
 _PIPE_S = 5  # limit on one read or write: only a stopped process takes longer
+_CORES = 4  # that an item may keep busy until its deadline
 T = TypeVar("T")
 
 
@@ -87,7 +89,8 @@ class Worker(Generic[T]):
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
                 end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PIPE_S, 0))
-        arguments = [str(argument) for argument in (theirs.fileno(), lifeline, grader, limits.memory_mb + 1024)]
+        cpu_s = math.ceil(_CORES * max(limits.deadline_s, limits.start_s))
+        arguments = [str(argument) for argument in (theirs.fileno(), lifeline, grader, limits.memory_mb + 1024, cpu_s)]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from reward.worker import serve; serve()", *arguments],
             pass_fds=(theirs.fileno(), lifeline),
@@ -122,7 +125,7 @@ class Worker(Generic[T]):
 
 def serve() -> None:
     """A worker process: answer items one by one until the parent closes the pipe."""
-    pipe_fd, lifeline, grader, address_mb = sys.argv[1:]
+    pipe_fd, lifeline, grader, address_mb, cpu_s = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
     fcntl.fcntl(int(lifeline), fcntl.F_SETSIG, signal.SIGKILL)  # which no grader can block
     fcntl.fcntl(int(lifeline), fcntl.F_SETOWN, os.getpid())
@@ -152,6 +155,9 @@ def serve() -> None:
     else:
         report(WARM)
     while True:
+        # The kernel ends the process past it, between items too; an item is given what all before it have not used.
+        used = math.ceil(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (used + int(cpu_s), resource.RLIM_INFINITY))
         try:
             text, answer = pipe.recv()
         except (EOFError, OSError):

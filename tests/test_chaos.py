@@ -37,6 +37,7 @@ def test_a_run_survives_every_kind_of_fault(chaos):
     assert found["drivers"] == 2
     assert found["recovery"]["actors replaced"] >= 3
     assert found["recovery"]["learner rebuilt"] >= 1
+    assert found["recovery"]["actors lost with their node"] >= 1
 
 
 def test_the_books_of_a_disturbed_run_add_up(chaos):
@@ -78,6 +79,12 @@ def lose_a_dispatch(folder):
     (newest / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
+def report_other_totals(folder):
+    result = json.loads((folder / "result.json").read_text())
+    result["groups"]["cancelled"] += 1
+    (folder / "result.json").write_text(json.dumps(result))
+
+
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
@@ -86,6 +93,7 @@ def lose_a_dispatch(folder):
         (lose_an_update, "traces of an update are missing"),
         (age_the_learner, "the bound is 2"),
         (lose_a_dispatch, "groups dispatched, ended"),
+        (report_other_totals, "books"),
     ],
 )
 def test_the_audit_can_tell(chaos, tmp_path, tamper, told):

@@ -114,14 +114,18 @@ def test_the_guard_against_collapse_goes_on_after_a_kill_as_if_there_was_none(tm
 
 
 def test_a_lost_learner_rank_takes_the_run_back_to_its_checkpoint_and_to_the_same_bits(tmp_path, straight):
-    """SIGKILL to the learner while a checkpoint is one update old."""
+    """SIGKILL to the learner and all rollout actors, as if their node was lost, while rollouts are waited for and a
+    checkpoint is one update old: those that take their place ask for weights that nobody has any more."""
     job = start(tmp_path, *SEVEN)
     lines = read_until(job, row(3))
-    victim = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"]["learner-0"]["pid"]
-    os.kill(victim, signal.SIGKILL)
+    status = json.loads((tmp_path / "job" / "status.json").read_text())
+    victims = [actor["pid"] for role in ("learner", "rollout") for actor in status[role]["actors"].values()]
+    assert len(victims) == 3
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
     output = "".join(lines) + job.communicate(timeout=200)[0]
     assert job.returncode == 0, output
-    assert not Path(f"/proc/{victim}").exists(), "the fault really happened"
+    assert not any(Path(f"/proc/{victim}").exists() for victim in victims), "the fault really happened"
     assert "building the learner anew" in output, "and the recovery ran"
     assert "after update 2" in output
     assert_same_end(tmp_path / "job", straight)
@@ -192,11 +196,14 @@ def test_invariant_5_fresh_under_an_asynchronous_loop_with_faults(tmp_path):
     lines += read_until(job, lambda line: line.split()[:1] == ["4/14"])
     stopped = pid("rollout-1")
     os.kill(stopped, signal.SIGSTOP)
-    scale = [sys.executable, "-m", "cluster.scale", str(folder), "--reward", "2", "--wait", "60"]
+    scale = [sys.executable, "-m", "cluster.scale", "--job", "job", "--run-dir", str(tmp_path)]
+    scale += ["--rollout", "3", "--reward", "2", "--wait", "60"]
     asked = subprocess.run(scale, capture_output=True, text=True, timeout=90, check=False, env=environment())
     output = "".join(lines) + job.communicate(timeout=200)[0]
     assert job.returncode == 0, output
     assert "1 reward actors wanted so far, now 2" in output
+    assert "2 rollout actors wanted so far, now 3" in output
+    assert "rollout: 3 wanted" in asked.stdout
     assert "reward: 2 wanted" in asked.stdout
     assert not Path(f"/proc/{killed}").exists()
     assert not Path(f"/proc/{stopped}").exists()
@@ -223,6 +230,10 @@ def test_invariant_5_fresh_under_an_asynchronous_loop_with_faults(tmp_path):
     assert ledger["ended"]["trained"] == sum(r["groups/trained"] for r in found)
     assert ledger["ended"]["filtered"] == sum(r["groups/filtered"] for r in found)
     assert ledger["ended"]["cancelled"] == ledger["ended"]["failed"] == 0, "nothing is dispatched past a stage's end"
+    told = json.loads((folder / "result.json").read_text())["groups"]
+    assert told == {"dispatched": ledger["dispatched"], **ledger["ended"]}
+    exported = records(folder, "groups")[-1]
+    assert told == {name: exported[f"groups_total/{name}"] for name in told}
 
 
 def test_sigterm_during_the_start_takes_down_what_was_built(tmp_path):

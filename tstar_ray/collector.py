@@ -10,9 +10,11 @@ weights through it, and rollouts go on meanwhile.
 - Batches are served in the order of dispatch, evaluations first. An actor gets units up to a number of samples in
   flight (``Limits.in_flight``).
 - What an actor that was lost had not delivered is reissued; `cluster.pool` replaces the actor.
+- A unit that fails in an actor that lives is tried again group by group, then sample by sample, so that what cannot be
+  decoded fails alone. An actor that fails at everything counts as lost.
 - A sample that could not be scored (verifier timed out, crashed or rejected it) earns nothing: a new sample
   with its own seed takes its place (invariant 7). Past ``max_attempts`` its group counts as failed.
-- Every wait has a time limit; nothing is dropped for being slow.
+- Every wait has a time limit, in time that the driver itself was running; nothing is dropped for being slow.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,58 +31,17 @@ import ray
 from cluster.placement import first_line
 from cluster.pool import ActorPool
 from cluster.weights import Published
-from tstar_ray.collection import Collection, Limits
+from tstar_ray.collection import Batch, Collection, Limits, OpenGroup, sample_seed
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
 
 _CHUNK, _TICK_S = 32, 0.5
 """Samples of one call to a reward actor; seconds between looks at limits and supervision."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A group being collected."""
-
-    problem: PromptedProblem
-    size: int
-    attempts_left: int
-    samples: list[Sample] = field(default_factory=list)
-    issued: int = 0
-
-
-class Batch:
-    """Groups dispatched together, decoded the same way."""
-
-    def __init__(self, decoding: Decoding, variants: Sequence[Variant], group_size: int, rank: tuple[int, int]) -> None:
-        """``rank``: batches of lower rank are served first."""
-        self.decoding, self.variants, self.group_size, self.rank = decoding, variants, group_size, rank
-        self.when_done: Callable[[Batch], None] = lambda batch: None
-        """See `Collector.dispatch`."""
-        self.order: list[int] = []
-        """Ids of its groups."""
-        self.found = Collection()
-        """What there is, complete once `done`."""
-        self._open: dict[int, _Open] = {}
-        self._complete: dict[int, Group] = {}
-        self._units: deque[list[Request]] = deque()
-        self._again: list[Request] = []
-        self._began = self._rolled = time.monotonic()
-
-    @property
-    def done(self) -> bool:
-        """Every group is complete or failed."""
-        return not self._open
-
-    @property
-    def left(self) -> int:
-        """Groups that are neither complete nor failed."""
-        return len(self._open)
-
-    def _close(self) -> None:
-        self.found.groups = [self._complete[i] for i in self.order if i in self._complete]
-        self.found.rollout_s = self._rolled - self._began
-        self.found.reward_s = time.monotonic() - self._rolled
+_FAILURES = 3
+"""Units in a row that an actor may fail at, unless all hold the same group."""
+_FAILED = (ray.exceptions.RayTaskError, ray.exceptions.UnserializableException)
+"""A call failed in an actor that lives; by any other error of Ray the actor, its node or its answer is gone."""
 
 
 @dataclass(slots=True)
@@ -91,13 +51,19 @@ class _Job:
     batch: Batch
     actor: str
     payload: list[Any]
+    sent: float
     deadline: float
 
 
-def sample_seed(seed: int, group_id: int, sample: int) -> int:
-    """Seed of one sample: 62 bits of a hash, so that no two samples of a run share a random stream."""
-    digest = blake2b(f"{seed}/{group_id}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
+@dataclass(slots=True)
+class _Trouble:
+    """Units that an actor failed at since it last delivered one."""
+
+    count: int
+    """Those in flight together count once: one fault of an engine fails all of them."""
+    at: float
+    groups: set[int]
+    """In all of them: what may be to blame instead of the actor."""
 
 
 class Collector:
@@ -127,7 +93,8 @@ class Collector:
         self._rolling: dict[Any, _Job] = {}
         self._scoring: dict[Any, _Job] = {}
         self._unscored: deque[tuple[Batch, list[tuple[Trajectory, str]]]] = deque()
-        self._ticked = 0.0
+        self._trouble: dict[str, _Trouble] = {}
+        self._ticked = time.monotonic()
         self.tokens: Counter[str] = Counter()
         """Completion tokens so far, by rollout actor."""
         self._busy: dict[str, float] = {}
@@ -158,6 +125,11 @@ class Collector:
         self.rollouts.serve(published)
         self._until(lambda: not self.rollouts.proving and bool(self.rollouts.handles))
 
+    def forget_weights(self) -> None:
+        """The process that owned the weights served last is gone: actors without them wait for the next."""
+        self._served = None
+        self.rollouts.forget_weights()
+
     def dispatch(
         self,
         problems: Mapping[int, PromptedProblem],
@@ -179,7 +151,7 @@ class Collector:
         attempts = group_size * (self._limits.max_attempts - 1)
         for group_id, problem in problems.items():
             batch.order.append(group_id)
-            batch._open[group_id] = _Open(problem, group_size, attempts)
+            batch._open[group_id] = OpenGroup(problem, group_size, attempts)
         ids = list(problems)
         size = -(-len(ids) // self.rollouts.count)
         if self._limits.unit:
@@ -200,7 +172,7 @@ class Collector:
         """Give a batch up; actors stop decoding it at once."""
         self._batches = [b for b in self._batches if b is not batch]
         running = {job.actor for job in self._rolling.values() if job.batch is batch}
-        for name, handle in self.rollouts.handles.items():
+        for name, handle in self.rollouts.all_handles.items():
             if name in running:
                 handle.cancel.remote(list(batch.order))
         self._rolling = {ref: job for ref, job in self._rolling.items() if job.batch is not batch}
@@ -249,9 +221,12 @@ class Collector:
 
     def _tick(self) -> None:
         """Limits, supervision, and whoever asked to be called."""
-        self._ticked = now = time.monotonic()
+        now = time.monotonic()
+        # Time in which the driver did not look counts against nobody.
+        away, self._ticked = max(0.0, now - self._ticked - 2 * _TICK_S), now
         for pool, jobs in ((self.rollouts, self._rolling), (self.rewards, self._scoring)):
             for job in jobs.values():
+                job.deadline += away
                 if job.deadline < now:
                     pool.lost(job.actor, "no answer in time")
             pool.tick({job.actor for job in jobs.values()})
@@ -259,6 +234,7 @@ class Collector:
             for ref in [ref for ref, job in jobs.items() if job.actor not in pool.names]:
                 self._reissue(jobs.pop(ref))
         self.on_live(self.live)
+        self._trouble = {name: trouble for name, trouble in self._trouble.items() if name in self.rollouts.names}
         self._on_tick()
 
     def _reissue(self, job: _Job) -> None:
@@ -291,18 +267,25 @@ class Collector:
             load[job.actor] += len(job.payload)
         for batch in self._batches:
             if batch._again and not batch._units:
-                batch._units.append(batch._again)
+                size = self._limits.unit or len(batch._again)
+                batch._units.extend(batch._again[i : i + size] for i in range(0, len(batch._again), size))
                 batch._again = []
-            while batch._units and handles:
-                name = min(handles, key=lambda n: load[n])
-                if load[name] >= self._limits.in_flight:
+            while batch._units:
+                # One in trouble gets one unit at a time, and only what the others have no room for.
+                room = {n: 1 if n in self._trouble else self._limits.in_flight for n in handles}
+                free = [n for n in handles if load[n] < room[n]]
+                if not free:
                     return
+                name = min(free, key=lambda n: (n in self._trouble, load[n]))
+                unit = [request for request in batch._units.popleft() if request.group_id in batch._open]
+                if not unit:
+                    continue
                 assert self._served is not None, "serve weights first"
-                unit = batch._units.popleft()
+                now = time.monotonic()
                 ref = handles[name].generate.remote(unit, batch.decoding, self._served.version)
-                self._rolling[ref] = _Job(batch, name, unit, time.monotonic() + self._limits.rollout_s)
+                self._rolling[ref] = _Job(batch, name, unit, now, now + self._limits.rollout_s)
                 load[name] += len(unit)
-                self._busy.setdefault(name, time.monotonic())
+                self._busy.setdefault(name, now)
 
     def _count_busy(self) -> None:
         """Stop the clocks of actors without work."""
@@ -315,43 +298,67 @@ class Collector:
         self._count_busy()
         try:
             produced: list[tuple[Trajectory, str]] = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+        except _FAILED as error:
+            self._on_event(f"{job.actor} failed on {len(job.payload)} samples: {first_line(error)}")
+            self._split(job)
+            self._blame(job, first_line(error))
+            return
+        except ray.exceptions.RayError as error:
             self.rollouts.lost(job.actor, first_line(error))
             self._reissue(job)
             return
-        except ray.exceptions.RayTaskError as error:
-            # The engine refused or broke on this unit; its samples are tried anew, a bounded number of times.
-            self._on_event(f"{job.actor} failed on {len(job.payload)} samples: {first_line(error)}")
-            for request in job.payload:
-                self._retry(job.batch, request.group_id)
-            return
+        self._trouble.pop(job.actor, None)
         job.batch._rolled = time.monotonic()
         self.tokens[job.actor] += sum(trajectory.completion_len for trajectory, _ in produced)
         for first in range(0, len(produced), _CHUNK):
             self._unscored.append((job.batch, produced[first : first + _CHUNK]))
+
+    def _split(self, job: _Job) -> None:
+        """Try a unit that failed again in smaller ones; a sample that failed alone is drawn anew, a bounded number of
+        times."""
+        parts: dict[int, list[Request]] = {}
+        for request in job.payload:
+            parts.setdefault(request.group_id, []).append(request)
+        if len(parts) > 1:
+            job.batch._units.extend(parts.values())
+        elif len(job.payload) > 1:
+            job.batch._units.extend([request] for request in job.payload)
+        elif request := self._retry(job.batch, job.payload[0].group_id):
+            job.batch._units.append([request])
+
+    def _blame(self, job: _Job, reason: str) -> None:
+        """Count a failed unit against its actor, and replace one that fails at everything."""
+        groups, now = {request.group_id for request in job.payload}, time.monotonic()
+        trouble = self._trouble.setdefault(job.actor, _Trouble(0, 0.0, groups))
+        trouble.groups &= groups
+        if job.sent > trouble.at:
+            trouble.count, trouble.at = trouble.count + 1, now
+        if trouble.count >= _FAILURES and not trouble.groups:
+            del self._trouble[job.actor]
+            self.rollouts.lost(job.actor, f"failed on {trouble.count} units in a row, the last time: {reason}")
 
     def _send_scores(self) -> None:
         handles = self.rewards.handles
         load = Counter(dict.fromkeys(handles, 0))
         for job in self._scoring.values():
             load[job.actor] += len(job.payload)
-        while self._unscored and handles:
+        while self._unscored and any(load[name] < self._limits.scoring for name in handles):
             batch, produced = self._unscored.popleft()
             payload = [(t, text) for t, text in produced if t.group_id in batch._open]
             if not payload:
                 continue
             name = min(handles, key=lambda n: load[n])
             items = [(text, batch._open[t.group_id].problem.problem.answer) for t, text in payload]
-            limit = self._limits.start_s + self._limits.reward_s * len(payload)
-            ref = handles[name].score.remote(items)
-            self._scoring[ref] = _Job(batch, name, payload, time.monotonic() + limit)
             load[name] += len(payload)
+            now, limit = time.monotonic(), self._limits.start_s + self._limits.reward_s * load[name]
+            ref = handles[name].score.remote(items)
+            self._scoring[ref] = _Job(batch, name, payload, now, now + limit)
 
     def _take_score(self, ref: Any) -> None:
         job = self._scoring.pop(ref)
         try:
             results = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:  # any: a verifier that fails is a verdict
             self.rewards.lost(job.actor, first_line(error))
             self._reissue(job)
             return
@@ -360,7 +367,8 @@ class Collector:
             batch.found.verdicts[str(result.verdict)] += 1
             earned = result.verdict.reward
             if earned is None:
-                self._retry(batch, trajectory.group_id)
+                if request := self._retry(batch, trajectory.group_id):
+                    batch._again.append(request)
             elif trajectory.group_id in batch._open:
                 verdict = str(result.verdict)
                 if earned > 0 and trajectory.stop_reason == "length" and not self._score_truncated:
@@ -376,18 +384,18 @@ class Collector:
             batch._complete[group_id] = Group(group_id, group.problem.problem, tuple(ordered))
             self._end(batch, group_id)
 
-    def _retry(self, batch: Batch, group_id: int) -> None:
-        """Ask for one more sample of an open group, or give the group up."""
+    def _retry(self, batch: Batch, group_id: int) -> Request | None:
+        """One more sample of an open group; None gives the group up, or it has ended already."""
         group = batch._open.get(group_id)
         if group is None:
-            return
+            return None
         if group.attempts_left == 0:
             batch.found.failed.append(group_id)
             self._end(batch, group_id)
-            return
+            return None
         group.attempts_left -= 1
         batch.found.retries += 1
-        batch._again.append(self._request(batch, group_id))
+        return self._request(batch, group_id)
 
     def _end(self, batch: Batch, group_id: int) -> None:
         del batch._open[group_id]

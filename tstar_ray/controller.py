@@ -57,6 +57,8 @@ class Result:
     """Updates made."""
     stopped: bool
     """Ended early by a signal, at an update boundary, with a checkpoint."""
+    groups: dict[str, int]
+    """Groups that were dispatched, and how they ended; these add up."""
 
 
 class Controller:
@@ -130,13 +132,16 @@ class Controller:
         while not self._curriculum.done and not self.stop_requested:
             self._iterate()
         self._window.cancel()
+        groups = self._window.ledger.totals
+        self._metrics.count_groups(self._window.ledger.ended)
+        self._reporter.numbers("groups", self._update, {f"groups_total/{name}": n for name, n in groups.items()})
         if self.stop_requested:
             if self._saved != self._update:
                 self._checkpoint()
-            return Result(self._before, [], self._update, stopped=True)
+            return Result(self._before, [], self._update, stopped=True, groups=groups)
         after = self._held_out.table(self._update, "trained model")
         self._learner.export(self._folder / "final")
-        return Result(self._before, after, self._update, stopped=False)
+        return Result(self._before, after, self._update, stopped=False, groups=groups)
 
     def _iterate(self) -> None:
         """One update."""
@@ -380,11 +385,15 @@ class Controller:
         self._reporter.say(f"{error}; building the learner anew")
         self._window.abandon()
         self._collector.cancel_urgent()
+        self._collector.forget_weights()
         version = self._version + 1
         try:
             self._learner.restart(self._config.cluster.start_timeout_s)
-            if self._before or self._config.run.resume:
+            if any(self._folder.glob("checkpoints/u*")):
                 self._resume(self._folder)
+            else:  # lost before the first: from the start model anew
+                self._before = []
+                self._reporter.rewind(-1)
         finally:
             self._version = version  # a number means one set of weights, in every process that serves them
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from tstar_ray.grid import Cell, CellResult, curves
 
 if TYPE_CHECKING:
-    from tstar_ray.collector import Batch
+    from tstar_ray.collection import Batch
 
 
 class EvaluationView:

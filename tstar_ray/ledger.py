@@ -27,6 +27,11 @@ class Ledger:
         """Groups dispatched and not ended."""
         return len(self._open)
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """Groups dispatched, and how those that ended did."""
+        return {"dispatched": self.dispatched, **self.ended}
+
     def dispatch(self) -> int:
         """Open a group and return its id."""
         group_id = self.dispatched

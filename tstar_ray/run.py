@@ -179,6 +179,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         + (f"; {problems.left_out} left out as too long" if problems.left_out else "")
         + (f"; {problems.shared} not trained on, as they are held out" if problems.shared else "")
     )
+    config = _scaled(config, folder, reporter.say)
     with ExitStack() as stack:
         logs = folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
         session = stack.enter_context(
@@ -210,6 +211,24 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
         unfinished.write_text(json.dumps(dataclasses.asdict(result) | spent, indent=1))
         unfinished.rename(folder / "result.json")
     return result
+
+
+def _scaled(config: Config, folder: Path, say: Callable[[str], None]) -> Config:
+    """With as many actors as were asked for last while the run went on."""
+    from cluster.scale import REQUEST, read_request
+
+    try:
+        counts = read_request(folder)
+    except ValueError as error:
+        say(str(error))
+        return config
+    for role, section in (("rollout", "actors"), ("reward", "reward")):
+        settings = getattr(config, section)
+        count = counts.get(role, settings.count)
+        if count != settings.count:
+            say(f"{count} {role} actors instead of {section}.count={settings.count}, as {folder / REQUEST} asks")
+            config = config.model_copy(update={section: settings.model_copy(update={"count": count})})
+    return config
 
 
 def _dashboard(session: Any, folder: Path) -> str:
@@ -304,6 +323,7 @@ def start_rollouts(
     if not config.cluster.autoscaling:
         wait_ready(rollouts.starting | rewards.starting, start_s, "actors", supervised=True)
     if learner:
+        learner.on_event = reporter.say
         try:
             learner.places = wait_ready(learner.start(start_s), start_s, "learner")
         except (ActorLostError, LearnerLostError) as error:
@@ -319,6 +339,7 @@ def start_rollouts(
         # wait for the longest of their samples; what finds no slot waits in the engine.
         in_flight=2 * actors.max_batch if ahead else 1,
         unit=max(1, actors.max_batch // 4) if ahead else 0,
+        scoring=max(64, 4 * config.reward.workers),
     )
     desk = Desk(
         folder, {"rollout": rollouts, "reward": rewards}, lambda: learner.places if learner else {}, reporter.say
@@ -326,6 +347,8 @@ def start_rollouts(
 
     def tick() -> None:
         desk.tick()
+        if learner:
+            learner.check()  # the owner of the weights that actors wait for
         on_tick()
 
     return Collector(

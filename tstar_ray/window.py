@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from learner.credit import is_trainable
-from tstar_ray.collection import Collection
-from tstar_ray.collector import Batch, Collector
+from tstar_ray.collection import Batch, Collection
+from tstar_ray.collector import Collector
 from tstar_ray.config import Config, Stage
 from tstar_ray.config_base import WorkError
 from tstar_ray.data import ProblemStream, PromptedProblem

@@ -1,6 +1,7 @@
 """Cluster parts on a real private Ray: weights that must be proven, lost actors, foreign clusters."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from cluster.placement import wait_ready
 from cluster.pool import ActorPool, Supervision
 from cluster.session import ClusterError, connect
 from cluster.weights import ObjectStoreTransport
-from learner.group import LearnerGroup, LearnerLostError
+from learner.group import LearnerError, LearnerGroup, LearnerLostError, LearnerRank
 from reward.actor import remote_class as reward_class
 from tstar_ray.collection import Limits
 from tstar_ray.collector import Collector
@@ -221,20 +222,26 @@ def test_work_ahead_is_sent_in_small_units_up_to_a_number_in_flight(parts, start
     limits = Limits(rollout_s=120, reward_s=5, start_s=60, max_attempts=2, unit=7, in_flight=10)
     ahead = Collector(rollouts, rewards, limits, seed=1, score_truncated=False, on_event=events.append)
     ahead.serve(ObjectStoreTransport().publish(start_weights, 3))
-    batch = ahead.dispatch(ask(9, first=700), DECODING, group_size=3)
+    batch = ahead.dispatch(ask(19, first=700), DECODING, group_size=3)
     sent = sorted((job.actor, len(job.payload)) for job in ahead._rolling.values())
     assert sent == sorted((name, 6) for name in rollouts.handles for _ in range(2)), "2 groups a unit, 10 reached by 2"
-    assert [len(unit) for unit in batch._units] == [6] * (4 - len(sent)) + [3]
-    assert [g.group_id for g in ahead.finish(batch).groups] == list(range(700, 709))
+    assert [len(unit) for unit in batch._units] == [6] * (9 - len(sent)) + [3]
+    batch._again = [request for unit in batch._units for request in unit]
+    batch._units.clear()
+    ahead._send()
+    assert max(len(unit) for unit in batch._units) == 7, "samples that are tried again form units as well"
+    assert [g.group_id for g in ahead.finish(batch).groups] == list(range(700, 719))
     collector.serve(ObjectStoreTransport().publish(start_weights, 4))
 
 
-def test_a_cancelled_batch_frees_its_actors_at_once(parts):
+def test_a_cancelled_batch_frees_its_actors_at_once(parts, start_weights):
     collector, rollouts, _, _ = parts
     endless = replace(DECODING, max_new_tokens=4096, stop_ids=())
     batch = collector.dispatch(ask(4, first=500), endless, group_size=8)
     collector.wait([ray.remote(lambda: time.sleep(0.5)).options(num_cpus=0).remote()], timeout=30)
     assert not batch.done
+    rollouts.serve(ObjectStoreTransport().publish(start_weights, 5))
+    assert not rollouts.handles, "also those that prove new weights just then"
     collector.cancel(batch)
     start = time.monotonic()
     found = collect(collector, ask(2, first=510), DECODING, group_size=2)
@@ -265,25 +272,107 @@ class SlowRank(SimulatedRank):
         super().__init__(*arguments, **more)
 
 
-@pytest.mark.parametrize("rank_class", [SimulatedRank, SlowRank])
-def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silent_is(session, rank_class):
-    group = LearnerGroup(
-        Times(update_s=60),
-        LearnerConfig(silent_s=1.5),
-        options={"num_cpus": 0},
-        threads=1,
-        seed=0,
-        weights=ObjectStoreTransport(),
-        rank_class=rank_class,
-    )
-    try:
-        group.restart(60)
-        [place] = group.places.values()
-        os.kill(place.pid, signal.SIGSTOP)
-        with pytest.raises(LearnerLostError, match=r"rank 0 gave no sign of life in \d s during update"):
-            group.update([], None, update=0)
-    finally:
+class UnreadableError(Exception):
+    """Cannot be unpickled."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+class FailingRank(SimulatedRank):
+    """Its update fails in a way that the driver cannot read."""
+
+    def _update(self, groups, spec, *, update):
+        raise UnreadableError("one", "two")
+
+
+def test_the_port_of_the_rendezvous_is_held_until_it_begins(session):
+    rank = LearnerRank(0, None, None, threads=1, seed=0, weights=None)
+    _, port = rank.address()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    rank._port.close()
+
+
+class Guest:
+    """Takes room."""
+
+    def arrived(self):
+        pass
+
+
+@pytest.fixture
+def learner(session):
+    made = []
+
+    def make(rank_class=SimulatedRank, cpus=0.0, **times):
+        made.append(
+            LearnerGroup(
+                Times(update_s=60, **times),
+                LearnerConfig(silent_s=1.5),
+                options={"num_cpus": cpus},
+                threads=1,
+                seed=0,
+                weights=ObjectStoreTransport(),
+                rank_class=rank_class,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for group in made:
         group.stop()
+
+
+@pytest.mark.parametrize("rank_class", [SimulatedRank, SlowRank])
+def test_a_learner_that_takes_long_to_start_is_not_lost_and_one_that_falls_silent_is(learner, rank_class):
+    group = learner(rank_class)
+    group.restart(60)
+    [place] = group.places.values()
+    group.check()
+    os.kill(place.pid, signal.SIGSTOP)
+    time.sleep(2)
+    group.check()  # its driver was stopped as well, for all it can know
+    with pytest.raises(LearnerLostError, match=r"rank 0 gave no sign of life in \d s during update"):
+        group.update([], None, update=0)
+
+
+def test_a_rank_that_dies_between_calls_is_noticed_and_an_error_nobody_can_read_is_the_updates(learner):
+    group = learner(FailingRank)
+    group.restart(60)
+    with pytest.raises(LearnerError, match="update failed: Failed to deserialize") as raised:
+        group.update([], None, update=0)
+    assert not isinstance(raised.value, LearnerLostError)
+    [place] = group.places.values()
+    os.kill(place.pid, signal.SIGKILL)
+    with pytest.raises(LearnerLostError, match="rank 0 was lost during the wait for others"):
+        check_until(group, time.monotonic() + 30)
+
+
+def check_until(group, deadline):
+    while time.monotonic() < deadline:
+        group.check()
+        time.sleep(0.1)
+
+
+def test_invariant_12_a_learner_without_room_says_what_is_missing_and_one_built_anew_waits_for_it(learner):
+    taken = ray.remote(num_cpus=1.5)(Guest).remote()
+    ray.get(taken.arrived.remote(), timeout=60)
+    group = learner(cpus=1.0)
+    asked = r"with 1 CPU, 0 GPU each \(learner.cpus.*\), the cluster has 2 CPU, 0 GPU, free 0.* CPU.*; add nodes"
+    with pytest.raises(LearnerError, match=f"not placed after 1 s.*{asked}.*cluster.start_timeout_s"):
+        group.start(1.0)
+    told = []
+
+    def hear(text):
+        told.append(text)
+        if len(told) == 2:
+            ray.kill(taken)  # a node joins
+
+    group.on_event = hear
+    group.restart(2.0)
+    assert group.places.keys() == {"learner-0"}
+    assert re.search(f"{asked}.*waiting on, at most 60 minutes", told[1])
 
 
 def test_invariant_12_an_actor_that_cannot_be_placed_is_named_in_bounded_time(session):

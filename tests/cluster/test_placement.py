@@ -3,8 +3,10 @@
 import pytest
 
 from cluster.placement import plan
+from cluster.scale import ask
 from cluster.session import ClusterError
 from tstar_ray.config import load_config
+from tstar_ray.run import _scaled
 
 
 def test_a_laptop_shares_its_cores():
@@ -42,6 +44,19 @@ def test_what_nodes_may_join_for_is_asked_for_in_full():
     placement = plan(load_config(None, settings), {"CPU": 2.0})
     assert placement.rollout == {"num_cpus": 1.0, "num_gpus": 1}
     assert placement.learner == {"num_cpus": 1.0, "num_gpus": 2}
+
+
+def test_a_run_is_placed_with_as_many_actors_as_were_asked_for_last(tmp_path):
+    config, told = load_config(None, ["actors.gpus=1", "actors.count=8", "learner.gpus=1"]), []
+    assert _scaled(config, tmp_path, told.append) == config
+    ask(tmp_path, {"rollout": 4, "reward": 2})
+    scaled = _scaled(config, tmp_path, told.append)
+    assert (scaled.actors.count, scaled.reward.count) == (4, 2)
+    assert told[0].startswith("4 rollout actors instead of actors.count=8, as ")
+    plan(scaled, {"CPU": 16.0, "GPU": 5.0})
+    (tmp_path / "scale.json").write_text("{")
+    assert _scaled(config, tmp_path, told.append) == config
+    assert "scale.json is ignored" in told[-1]
 
 
 @pytest.mark.parametrize(

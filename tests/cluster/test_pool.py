@@ -10,6 +10,7 @@ import ray
 import torch
 
 from cluster.pool import ActorPool, Supervision
+from cluster.scale import Desk, ask
 from cluster.session import ClusterError, connect
 from cluster.weights import ObjectStoreTransport
 from tstar_ray.config import ClusterConfig
@@ -168,6 +169,13 @@ def test_weights_whose_owner_died_cost_no_actor_and_the_next_ones_are_proved(ben
     with pytest.raises(ray.exceptions.RayError, match="owner"):
         ray.get(asked)
     assert one.pool.proving
+    one.pool.forget_weights()
+    one.now += 29
+    one.pool.tick()
+    one.now += 29
+    one.pool.tick()
+    assert [m.ref for m in one.pool._members] == [None], "nobody asks for them any more"
+    assert one.pool.restarts == 0, "or is late"
     one.pool.serve(published(2))
     one.until(one.live())
     assert list(one.pool.handles) == ["holder-0"]
@@ -300,3 +308,28 @@ def test_a_pool_without_any_actor_that_works_is_an_error_in_bounded_time(bench):
     one = bench(count=1, cpus=64)
     with pytest.raises(ClusterError, match="no holder actor is ready after 30 s: the cluster has 2 CPU"):
         one.until(lambda: False, step=5.0, starting=True)
+
+
+def test_a_request_for_more_actors_that_makes_no_sense_is_named_once_and_ignored(bench, tmp_path):
+    one, told = bench(serves_weights=False), []
+    desk = Desk(tmp_path, {"rollout": one.pool}, dict, told.append)
+    for request, why in {
+        '{"rollouts": 3}': "'rollouts' is none of rollout, reward",
+        '{"rollout": 0}': "rollout = 0, but it takes a whole number of actors, at least 1",
+        '{"rollout": "4"}': "rollout = '4', but",
+        "[4]": "it holds [4] instead of",
+        '{"rollout": ': "Expecting value",
+    }.items():
+        (tmp_path / "scale.json").write_text(request)
+        desk.tick()
+        desk.tick()
+        [text] = told
+        assert f"{tmp_path / 'scale.json'} is ignored: " in text
+        assert why in text
+        assert text.endswith("ask again by python -m cluster.scale, or delete the file")
+        assert one.pool.count == 1
+        told.clear()
+    ask(tmp_path, {"rollout": 2})
+    desk.tick()
+    assert told == ["1 rollout actors wanted so far, now 2"]
+    assert one.pool.count == 2

@@ -1,6 +1,7 @@
 """The verifier pool with real processes: poison, kills, hangs, floods, and the death of its parent."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,32 +13,6 @@ import pytest
 
 from reward.grading import Verdict
 from reward.verifier import Limits, VerifierPool
-
-GRADERS = '''
-import os, signal, time
-from reward.grading import Verdict
-
-def grade(text, answer):
-    """What the text says."""
-    if text == "hang":
-        for number in range(1, 32):
-            try: signal.signal(number, signal.SIG_IGN)
-            except (OSError, ValueError): pass
-        while True: time.sleep(1)
-    if text == "spin":
-        return 9 ** 9 ** 9 ** 9
-    if text == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if text == "raise":
-        raise RuntimeError("no idea")
-    if text == "base":
-        raise BaseException("not an Exception")
-    if text == "memory":
-        bytearray(20 << 30)
-    if text.startswith("slow"):
-        time.sleep(0.05)
-    return Verdict.correct if text.endswith(answer) else Verdict.wrong
-'''
 
 POISON = [
     "9^{9^{9^{9}}}",
@@ -58,10 +33,9 @@ POISON = [
 
 
 @pytest.fixture
-def grader(tmp_path, monkeypatch):
-    (tmp_path / "odd_graders.py").write_text(GRADERS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return "odd_graders:grade"
+def grader(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return "bad_graders:obey"
 
 
 def verdicts(results):
@@ -76,28 +50,79 @@ def gone(pid):
 
 
 @pytest.mark.parametrize(
-    ("text", "verdict"),
+    ("text", "verdict", "replaced"),
     [
-        ("hang", "timeout"),
-        ("spin", "timeout"),
-        ("die", "crashed"),
-        ("raise", "crashed"),
-        ("base", "crashed"),
-        ("memory", "crashed"),
+        ("hang", "timeout", "timeout"),
+        ("deaf", "timeout", "timeout"),
+        ("spin", "timeout", "timeout"),
+        ("kill", "crashed", "died"),
+        ("segfault", "crashed", "died"),
+        ("grow", "crashed", "memory"),
+        ("leap", "crashed", ""),
+        ("exit", "crashed", ""),
+        ("raise", "crashed", ""),
+        ("nonsense", "crashed", ""),
+        ("noise", "wrong", ""),
     ],
 )
-def test_a_fault_ends_its_own_item_only(grader, text, verdict):
-    with VerifierPool(1, grader=grader, limits=Limits(deadline_s=1.0)) as pool:
+def test_a_fault_ends_its_own_item_only(grader, text, verdict, replaced):
+    with VerifierPool(1, grader=grader, limits=Limits(deadline_s=1.0, memory_mb=128)) as pool:
         pool.verify([("1", "1")])
         before = pool.pids
         start = time.monotonic()
         found = pool.verify([("1", "1"), ("2", "1"), (text, "1"), ("1", "1"), ("2", "1")])
         assert verdicts(found) == ["correct", "wrong", verdict, "correct", "wrong"]
         assert time.monotonic() - start < 20
-        if text in ("hang", "spin", "die"):
-            assert pool.pids != before, "the worker was replaced"
-            assert gone(before[0]), "and the old one ended"
-        assert pool.counts[Verdict(verdict)] == 1
+        assert {reason: n for reason, n in pool.respawns.items() if n} == ({replaced: 1} if replaced else {})
+        assert (pool.pids != before) == bool(replaced), "the worker was replaced"
+        assert gone(before[0]) == bool(replaced), "and the old one ended"
+
+
+def test_a_grader_that_cannot_be_imported_breaks_the_pool_instead_of_waiting(grader):
+    with VerifierPool(2, grader="no_grader:grade") as pool, pytest.raises(RuntimeError, match="do not start"):
+        pool.verify([("1", "1")])
+
+
+def test_workers_killed_while_idle_are_replaced_however_many_they_are(grader):
+    with VerifierPool(2, grader=grader) as pool:
+        pool.verify([("1", "1")] * 2)
+        for count in range(1, 8):
+            deadline = time.monotonic() + 20
+            while not all(worker.warm for worker in list(pool._workers)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            victim = pool.pids[0]
+            os.kill(victim, signal.SIGKILL)
+            while victim in pool.pids and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert pool.respawns["died"] == count
+        assert verdicts(pool.verify([("1", "1")])) == ["correct"]
+
+
+def test_a_worker_that_goes_on_after_its_item_runs_into_the_kernels_limit(grader):
+    limits = Limits(deadline_s=5, start_s=5)
+    with VerifierPool(1, grader=grader, limits=limits) as pool:
+        pool.verify([("1", "1")] * 3)
+        [victim] = pool.pids
+        soft, _ = resource.prlimit(victim, resource.RLIMIT_CPU)
+        assert 20 < soft < 25, "four cores until the deadline, and what it has used so far"
+        assert verdicts(pool.verify([("linger", "linger")])) == ["correct"]
+        time.sleep(0.5)  # it renews its limit before it waits for the next
+        resource.prlimit(victim, resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY))
+        deadline = time.monotonic() + 20
+        while not pool.respawns["died"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert gone(victim)
+        assert verdicts(pool.verify([("1", "1")])) == ["correct"]
+
+
+def test_a_call_is_rejected_whole_while_too_many_items_of_others_wait(grader):
+    with VerifierPool(1, grader=grader, limits=Limits(max_waiting=4)) as pool:
+        large = pool.submit([("pause 0.3", "0.3")] * 8)
+        refused = pool.verify([("1", "1")] * 2)
+        assert verdicts(refused) == ["rejected"] * 2
+        assert refused[0].detail.endswith("items waiting")
+        assert verdicts(large.result(timeout=30)) == ["correct"] * 8, "an idle pool takes a call of any size"
+        assert verdicts(pool.verify([("1", "1")])) == ["correct"]
 
 
 def test_the_poison_corpus_ends_in_typed_verdicts_in_bounded_time_and_the_pool_still_grades():
@@ -117,7 +142,7 @@ def test_the_poison_corpus_ends_in_typed_verdicts_in_bounded_time_and_the_pool_s
 def test_a_long_queue_never_times_out(grader):
     """Sixty items of 0.05 s behind one worker with a deadline of 0.5 s: the last waits for three seconds."""
     with VerifierPool(1, grader=grader, limits=Limits(deadline_s=0.5)) as pool:
-        assert verdicts(pool.verify([("slow 1", "1")] * 60)) == ["correct"] * 60
+        assert verdicts(pool.verify([("pause 0.05", "0.05")] * 60)) == ["correct"] * 60
         assert pool.respawns["timeout"] == 0
 
 
@@ -133,7 +158,7 @@ def test_a_killed_worker_is_replaced_and_only_its_item_is_lost(grader):
         victim = pool.pids[0]
         timer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
         timer.start()
-        found = pool.verify([("slow 1", "1")] * 40)
+        found = pool.verify([("pause 0.05", "0.05")] * 40)
         timer.join()
         assert gone(victim), "the fault really happened"
         assert pool.respawns["died"] == 1, "and the recovery ran"
@@ -152,14 +177,26 @@ def test_workers_are_recycled_by_count(grader):
         assert pool.respawns["recycled"] >= 3
 
 
-def test_workers_end_with_their_parent_even_in_mid_item(tmp_path, grader):
+def test_workers_that_have_grown_are_recycled_between_items(grader):
+    with VerifierPool(1, grader=grader, limits=Limits(max_rss_mb=60)) as pool:
+        pool.verify([("1", "1")])
+        before = pool.pids
+        assert verdicts(pool.verify([("keep 80", "80"), ("1", "1")])) == ["correct"] * 2
+        deadline = time.monotonic() + 20
+        while pool.pids in (before, []) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pool.pids != before
+        assert pool.respawns["recycled"] == 1
+
+
+def test_workers_end_with_their_parent_even_in_mid_item(grader):
     code = f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from reward.verifier import *
-pool = VerifierPool(2, grader="odd_graders:grade")
+pool = VerifierPool(2, grader={grader!r})
 pool.verify([("1", "1")])
 print(*pool.pids, flush=True)
-pool.verify([("hang", "1"), ("spin", "1")])
+pool.verify([("deaf", "1"), ("spin", "1")])
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]

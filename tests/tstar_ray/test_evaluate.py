@@ -12,8 +12,7 @@ from reference import plain_twin
 from synthetic import MASK_ID, make_model, make_trajectory
 
 from actors.torch_engine import TorchEngine
-from tstar_ray.collection import Collection
-from tstar_ray.collector import sample_seed
+from tstar_ray.collection import Collection, sample_seed
 from tstar_ray.config import ConfigError, load_config, load_settings
 from tstar_ray.config_evaluate import DataSet, EvaluateConfig
 from tstar_ray.data import PromptedProblem
