@@ -76,7 +76,7 @@ def simulate(
             folder,
             learner=learner,
             collector=collector,
-            problems=ProblemSets(problems, problems[:1], 0),
+            problems=ProblemSets(problems, problems[:1], left_out=0, shared=0),
             stop_ids=(0,),
             reporter=reporter,
             metrics=Metrics(run=name),
