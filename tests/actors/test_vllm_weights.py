@@ -81,7 +81,7 @@ def test_trap_31_invariant_8_weights_in_flight(serve, model, policy, ahead):
 
 def test_a_trainer_is_met_between_two_steps(serve, monkeypatch):
     engine, closed = serve(), []
-    monkeypatch.setattr(engine._core, "collective_rpc", lambda *_, **__: closed.append(not engine._open.is_set()))
+    monkeypatch.setattr(engine._core, "collective_rpc", lambda *_, **__: closed.append(not engine._may_drive()))
     engine.join_transfer({})
     assert closed == [True], "no round begins meanwhile"
 
