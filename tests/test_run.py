@@ -199,7 +199,9 @@ def test_outputs_open_with_plain_tools(full):
 
 def test_the_metrics_page_has_every_number_of_a_run_and_no_other(full):
     """In metrics.jsonl; what only other runs have is listed here."""
-    written = {key for kind in ("update", "evaluation", "groups") for record in records(full[0], kind) for key in record}
+    written = {
+        key for kind in ("update", "evaluation", "groups") for record in records(full[0], kind) for key in record
+    }
     numbers = {re.sub(r"^eval_b\d+/", "eval_bN/", re.sub(r"^variant/\d+/", "variant/N/", key)) for key in written}
     numbers = {re.sub(r"^verdict/.*", "verdict/NAME", key) for key in numbers} - {"kind", "update", "time", "stage"}
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().partition("## `step`")[0]
