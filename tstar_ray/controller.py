@@ -100,6 +100,7 @@ class Controller:
         self._curriculum = Curriculum(config.curriculum.resolve(), config.curriculum.rollback)
         self._update = self._version = 0
         self._saved = -1
+        """Update whose checkpoint holds the state at hand."""
         self._before: list[Evaluation] = []
         self._best: Path | None = None
         self._losses: list[float] = []
@@ -241,6 +242,7 @@ class Controller:
             f"(best window {best:.3f}); back to its best weights"
         )
         self._learner.load(self._best)
+        self._saved = -1  # a checkpoint of this update holds what was given up
         self._version += 1
         self._publish()
         ended = self._curriculum.done or self._curriculum.stage is not stage
