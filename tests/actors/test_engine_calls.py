@@ -6,14 +6,12 @@ Every trajectory is compared with the plain reference decoder.
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from engines import DYNAMIC, NO_STOP, assert_equal
+from engines import DYNAMIC, NO_STOP, assert_equal, assert_weights_get_in_between_the_steps
 from synthetic import make_model, make_requests
 
 from actors.engine import CancelledError
 from actors.torch_engine import TorchEngine
-from tstar_ray.weights import flatten
 
 
 def test_cancelled_groups_fail_the_calls_that_wait_for_them_and_no_others(model, twin):
@@ -46,34 +44,8 @@ def test_streams_yield_what_ends_first_and_closing_one_gives_up_the_rest(model, 
 
 
 def test_pause_stops_decoding_and_weights_get_in_between_the_passes_of_a_busy_engine():
-    """A second thread decodes without end; the first pauses it, looks, and loads weights three times."""
     engine = TorchEngine(make_model(seed=2))
-    flat = flatten(make_model(seed=8))
-    found, stop, started = [], threading.Event(), threading.Event()
-
-    def work():
-        while not stop.is_set():
-            for trajectory in engine.stream(make_requests([9, 20, 13]), replace(NO_STOP, max_new_tokens=60)):
-                found.append(trajectory)
-                started.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert started.wait(60)
-    for version in (1, 2, 3):
-        with engine.paused():
-            before = engine.stats.forwards
-            assert not stop.wait(0.05)
-            assert engine.stats.forwards == before
-            assert engine.load_weights(flat, version).version == version, "also from inside a pause"
-        seen = len(found)
-        while len(found) < seen + 3:
-            assert not stop.wait(0.01)
-    stop.set()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert {0, 1, 2, 3} <= {int(v) for t in found for v in t.weight_versions}
-    assert all((np.diff(t.weight_versions) >= 0).all() for t in found)
+    assert_weights_get_in_between_the_steps(engine, replace(NO_STOP, max_new_tokens=60), lambda: engine.stats.forwards)
 
 
 def test_calls_from_several_threads_are_decoded_together(model, twin):

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engines import DYNAMIC, NO_STOP, MiB, assert_same, assert_vllm_equal
 from jobs import needs_vllm
 from synthetic import MASK_ID, make_checkpoint_folder, make_requests
-from vllm_shared import DYNAMIC, NO_STOP, MiB, assert_equal, assert_same
 
 from actors.engine import CancelledError
 from actors.torch_engine import TorchEngine
@@ -56,7 +56,7 @@ def test_invariant_1_it_decodes_what_the_plain_reference_decoder_does(engine, mo
     seen = set()
     for requests, decoding, found in decode_mix(engine):
         for request, trajectory in zip(requests, found, strict=True):
-            assert_equal(trajectory, request, twin, model, decoding)
+            assert_vllm_equal(trajectory, request, twin, model, decoding)
             seen.add((trajectory.stop_reason, trajectory.prompt_len < decoding.block_size))
     assert len(seen) == 4, "stops and caps, with prompts shorter than a block and longer"
 
@@ -155,9 +155,9 @@ def test_caps_streams_cancelling_and_sleep(engine, model, twin):
     with pytest.raises(CancelledError, match="its group was cancelled"):
         list(streams[0])
     for trajectory in streams[1]:
-        assert_equal(trajectory, many[trajectory.group_id], twin, model, DYNAMIC)
+        assert_vllm_equal(trajectory, many[trajectory.group_id], twin, model, DYNAMIC)
     engine.sleep()
-    assert_equal(engine.generate(requests, static)[0], requests[0], twin, model, static)
+    assert_vllm_equal(engine.generate(requests, static)[0], requests[0], twin, model, static)
 
 
 def test_calls_from_several_threads_are_decoded_together(engine, model, twin):
@@ -178,7 +178,7 @@ def test_calls_from_several_threads_are_decoded_together(engine, model, twin):
         assert not thread.is_alive()
     for (requests, decoding), trajectories in zip(calls, found):
         for request, trajectory in zip(requests, trajectories, strict=True):
-            assert_equal(trajectory, request, twin, model, decoding)
+            assert_vllm_equal(trajectory, request, twin, model, decoding)
     longest = max(t.denoising_steps + t.blocks for trajectories in found for t in trajectories)
     assert engine.stats.passes - before <= longest + 2 * len(calls)
 
@@ -191,7 +191,7 @@ def test_cached_prompts_are_shared_within_a_block_size_and_never_across(serve, m
         request, decoding = Request(0, 0, prompt, seed=seed), replace(NO_STOP, block_size=block, max_new_tokens=block)
         before = engine.stats.forwarded_tokens
         (trajectory,) = engine.generate([request], decoding)
-        assert_equal(trajectory, request, twin, model, decoding)
+        assert_vllm_equal(trajectory, request, twin, model, decoding)
         steps = trajectory.denoising_steps + trajectory.blocks
         return engine.stats.forwarded_tokens - before - block * steps
 
@@ -223,14 +223,14 @@ def test_a_tiny_cache_preempts_and_nothing_changes(serve, model, twin, monkeypat
         replace(NO_STOP, block_size=16, max_new_tokens=44, temperature=0),
     ):
         for request, trajectory in zip(requests, engine.generate(requests, decoding), strict=True):
-            assert_equal(trajectory, request, twin, model, decoding)
+            assert_vllm_equal(trajectory, request, twin, model, decoding)
     assert len(preempted) > 4
 
 
 def test_async_scheduling_changes_nothing(serve, model, twin):
     for requests, decoding, found in decode_mix(serve(async_scheduling=True)):
         for request, trajectory in zip(requests, found, strict=True):
-            assert_equal(trajectory, request, twin, model, decoding)
+            assert_vllm_equal(trajectory, request, twin, model, decoding)
 
 
 def test_checkpoints_as_sdar_ships_them_are_served_without_remote_code(tmp_path):
@@ -296,7 +296,7 @@ def test_the_least_cache_that_is_not_refused_holds_one_sequence(serve, blueprint
         check_servable(blueprint, Serving(max_block=32, max_tokens=170, cache_gb=2.9 * page))
     engine = serve(cache_gb=3 * page, max_batch=2, max_tokens=170)
     for request, found in zip(make_requests([140, 141]), engine.generate(make_requests([140, 141]), DYNAMIC)):
-        assert_equal(found, request, twin, model, DYNAMIC)
+        assert_vllm_equal(found, request, twin, model, DYNAMIC)
 
 
 def test_beside_another_vllm_the_plugin_stays_out(monkeypatch, caplog):

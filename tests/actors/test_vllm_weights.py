@@ -5,17 +5,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engines import DYNAMIC, NO_STOP, assert_same, assert_vllm_equal, assert_weights_get_in_between_the_steps
 from jobs import needs_vllm
 from reference import plain_twin
 from synthetic import make_model, make_requests
-from vllm_shared import DYNAMIC, NO_STOP, assert_equal, assert_same
 
 from actors.torch_engine import TorchEngine
 from tstar_ray.weights import checksum, flatten
@@ -122,33 +121,7 @@ def replace_versions(trajectory, version):
 
 def test_weights_get_in_between_the_steps_of_a_busy_engine(serve):
     engine = serve()
-    flat = flatten(make_model(seed=8))
-    found, stop, started = [], threading.Event(), threading.Event()
-
-    def work():
-        torch.set_num_threads(1)
-        while not stop.is_set():
-            for trajectory in engine.stream(make_requests([9, 20, 13]), replace(NO_STOP, max_new_tokens=200)):
-                found.append(trajectory)
-                started.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert started.wait(60)
-    for version in (1, 2, 3):
-        with engine.paused():
-            before = engine.stats.passes
-            assert not stop.wait(0.05)
-            assert engine.stats.passes == before
-            assert engine.load_weights(flat, version).version == version, "also from inside a pause"
-        seen = len(found)
-        while len(found) < seen + 3:
-            assert not stop.wait(0.01)
-            assert thread.is_alive()
-    stop.set()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert {0, 1, 2, 3} <= {int(v) for t in found for v in t.weight_versions}
+    assert_weights_get_in_between_the_steps(engine, replace(NO_STOP, max_new_tokens=200), lambda: engine.stats.passes)
 
 
 def test_a_failed_step_loses_what_was_under_way_and_nothing_else(serve, model, twin, monkeypatch):
@@ -171,7 +144,7 @@ def test_a_failed_step_loses_what_was_under_way_and_nothing_else(serve, model, t
     with pytest.raises(RuntimeError, match="failed in another call, which took this call's sequences with it"):
         list(other)
     for request, trajectory in zip(make_requests([9, 12]), engine.generate(make_requests([9, 12]), DYNAMIC)):
-        assert_equal(trajectory, request, twin, model, DYNAMIC)
+        assert_vllm_equal(trajectory, request, twin, model, DYNAMIC)
 
 
 def in_a_process(script, *arguments, code=0):
