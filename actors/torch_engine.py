@@ -245,16 +245,18 @@ class TorchEngine(Rounds):
             committed[rows] = end
 
     def _forward(
-        self, slot: IntArray, start: IntArray, end: IntArray, also: Sequence[IntArray] = ()
+        self, slot: IntArray, start: IntArray, end: IntArray, steps: Sequence[_Step] = ()
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Run positions start..end of neighbouring slots, all [k]; returns hidden states [N, hidden], end to end, and
-        ``also`` on the device."""
+        """Run positions start..end of neighbouring slots, all [k]; returns hidden states [M, hidden] of the masked
+        positions of ``steps``, one step after another, and the steps' arrays on the device."""
         began = time.perf_counter()
         fields = self._slots.fields[slot]
         rows = Rows(slot=slot, start=start, end=end, block_size=fields["block_size"], source=fields["source"])
+        also = [array for step in steps for array in step.arrays]
         layout = RaggedLayout(self._cache, rows, groups=self._groups, also=also)
         ids = self._slots.ids[layout.slot_N, layout.position_N]
-        hidden = self._model.hidden(ids[None], layout.position_N[None], layout)[0]
+        wanted = torch.cat([layout.slot_N[:0], *(plan[0] for plan in layout.also[::2])])
+        hidden = self._model.hidden_at(ids[None], layout.position_N[None], layout, wanted)
         self._slots.fields["source"][slot] = -1
         self._stats.forwarded_tokens += len(ids)
         self._stats.forward_seconds += time.perf_counter() - began
@@ -273,12 +275,13 @@ class TorchEngine(Rounds):
         last = (end - start).cumsum()
         rules = slots.column("rule")
         steps = [self._plan(np.flatnonzero(rules == rule), int(rule), last) for rule in np.unique(rules)]
-        hidden, sent = self._forward(np.arange(n), start, end, [array for step in steps for array in step.arrays])
+        hidden, sent = self._forward(np.arange(n), start, end, steps)
         start[:] = block
         self._stats.forwards += 1
         self._stats.sequence_steps += n
         began = time.perf_counter()
-        found = [self._step(hidden, step, *sent[2 * i : 2 * i + 2]) for i, step in enumerate(steps)]
+        parts = hidden.split([step.places.shape[1] for step in steps])
+        found = [self._step(h, step, *sent[2 * i : 2 * i + 2]) for i, (h, step) in enumerate(zip(parts, steps))]
         row, offset = np.concatenate([step.places for step in steps], axis=1)
         revealed, stop = torch.cat(found, dim=1).cpu().numpy()  # the one wait for the device
         self._stats.sampling_seconds += time.perf_counter() - began
@@ -309,10 +312,10 @@ class TorchEngine(Rounds):
     def _step(self, hidden: torch.Tensor, step: _Step, plan: torch.Tensor, block_step: torch.Tensor) -> torch.Tensor:
         """Draw and reveal. Returns which masked positions were revealed and hold a stop token, bool [2, M]."""
         slots = self._slots
-        hidden_M, seed_M, position_M, step_M, state_M, dense_M = plan
+        _, seed_M, position_M, step_M, state_M, dense_M = plan
         found = denoise(
             self._model.logits,
-            hidden[hidden_M],
+            hidden,
             Positions(seed=seed_M, position=position_M, step=step_M, dense=dense_M),
             step.masked,
             block_step,

@@ -256,7 +256,7 @@ def roofline(
     """Seconds that memory and arithmetic alone would take, and the share of the time taken.
 
     Memory: every pass reads the weights, and each of its sequences its keys and values. Arithmetic: two operations
-    a weight and token, the LM head at masked positions only (half of a block's, on average).
+    a weight and token, the LM head and the last MLP at masked positions only (half of a block's, on average).
     """
     config = model.hf.config
     size = model.dtype.itemsize
@@ -265,7 +265,8 @@ def roofline(
     width = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
     length = float(np.mean([len(r.prompt_ids) for r in requests])) + run["tokens"] / len(requests) / 2
     read = run["forwards"] * (body + head) * size + run["sequence_steps"] * length * width * size
-    work = 2 * body * run["forwarded_tokens"] + head * run["forwarded_tokens"]
+    last_mlp = sum(p.numel() for p in model.hf.model.layers[-1].mlp.parameters())
+    work = (2 * body - last_mlp + head) * run["forwarded_tokens"]
     memory, arithmetic = read / (arguments.peak_gbps * 1e9), work / (arguments.peak_tflops * 1e12)
     return {
         "memory_s": memory,

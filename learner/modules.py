@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import nn
 
-from tstar_ray.model import BlockDiffusionLM, Layout
+from tstar_ray.model import BlockDiffusionLM, Layout, hidden_at
 
 
 def _zero_head(model: BlockDiffusionLM) -> nn.Linear:
@@ -41,7 +41,7 @@ class Policy(nn.Module):
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of ``targets`` as `BlockDiffusionLM.forward`, and values; all [M]."""
-        hidden = self.lm.hidden(ids, positions, layout).flatten(0, 1).index_select(0, index)
+        hidden = self.lm.hidden_at(ids, positions, layout, index)
         logprobs, entropies = self.lm.score(hidden, targets, temperature)
         values = torch.zeros_like(entropies) if self.head is None else self.head(hidden).squeeze(-1).float()
         return logprobs, entropies, values
@@ -57,5 +57,4 @@ class ValueModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, index: torch.Tensor) -> torch.Tensor:
         """Values [M] at flat indices ``index`` [M] into [R * N]."""
-        out = self.backbone(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout)
-        return self.head(out.last_hidden_state.flatten(0, 1).index_select(0, index)).squeeze(-1).float()
+        return self.head(hidden_at(self.backbone, ids, positions, layout, index)).squeeze(-1).float()

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from tstar_ray.embedded import EMBEDDED
 from tstar_ray.head import TargetHead
+from tstar_ray.last_layer import LastLayer
 from tstar_ray.mask_token import add_mask_embedding, add_mask_token
 
 ARCHITECTURES = {
@@ -91,6 +92,22 @@ class TrainLayout:
         return out.transpose(1, 2)
 
 
+def _run_backbone(
+    backbone: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, wanted: torch.Tensor | None
+) -> torch.Tensor:
+    out = backbone(
+        input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout, wanted=wanted
+    )
+    return out.last_hidden_state
+
+
+def hidden_at(
+    backbone: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, index: torch.Tensor
+) -> torch.Tensor:
+    """`BlockDiffusionLM.hidden_at` of its backbone, or of a copy of that."""
+    return _run_backbone(backbone, ids, positions, layout, index)[0]
+
+
 class BlockDiffusionLM(nn.Module):
     """A transformers causal-LM module run as a block-diffusion model."""
 
@@ -105,6 +122,7 @@ class BlockDiffusionLM(nn.Module):
             raise ValueError(f"mask token id {mask_id} lies outside the model's vocabulary of {vocabulary}")
         hf.config._attn_implementation = "block_diffusion"
         hf.lm_head = TargetHead.of(hf.lm_head)
+        hf.model.layers[-1] = LastLayer.of(hf.model.layers[-1])
         self.hf = hf
         self.mask_id = mask_id
         suppressed = torch.arange(vocabulary) >= token_limit
@@ -124,8 +142,11 @@ class BlockDiffusionLM(nn.Module):
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
         """ids and positions [R, N] -> final hidden states [R, N, hidden]."""
-        out = self.hf.model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, layout=layout)
-        return out.last_hidden_state
+        return _run_backbone(self.hf.model, ids, positions, layout, None)
+
+    def hidden_at(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, index: torch.Tensor) -> torch.Tensor:
+        """The final hidden states [M, hidden] at flat indices ``index`` [M] into [R * N]; others are not computed."""
+        return hidden_at(self.hf.model, ids, positions, layout, index)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
@@ -144,8 +165,7 @@ class BlockDiffusionLM(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of ``targets`` [M] at flat indices ``index`` [M] into [R * N], and entropies; both [M]."""
-        hidden = self.hidden(ids, positions, layout).flatten(0, 1).index_select(0, index)
-        return self.score(hidden, targets, temperature)
+        return self.score(self.hidden_at(ids, positions, layout, index), targets, temperature)
 
     def score(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int | None = None

@@ -70,7 +70,7 @@ def test_calls_from_several_threads_are_decoded_together(model, twin):
 
 def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, monkeypatch):
     engine = TorchEngine(model)
-    calls, hidden = [], model.hidden
+    calls, hidden = [], model.hidden_at
 
     def failing(*arguments):
         calls.append(1)
@@ -78,7 +78,7 @@ def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, mo
             raise RuntimeError("out of memory")
         return hidden(*arguments)
 
-    monkeypatch.setattr(model, "hidden", failing)
+    monkeypatch.setattr(model, "hidden_at", failing)
     other = engine.stream(make_requests([6], seed=3), NO_STOP)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.generate(make_requests([9, 12]), NO_STOP)
@@ -120,7 +120,7 @@ def test_every_call_returns_right_after_its_own_last_sequence_ended(model):
 
 def test_a_pause_waits_for_the_present_round_alone(model, monkeypatch):
     """It is asked for in the middle of the tenth, while five other callers wait to drive the next."""
-    engine, hidden = TorchEngine(model), model.hidden
+    engine, hidden = TorchEngine(model), model.hidden_at
     streams = [engine.stream([request], STATIC) for request in make_requests([8] * 6)]
     seen = []
 
@@ -137,7 +137,7 @@ def test_a_pause_waits_for_the_present_round_alone(model, monkeypatch):
                 pauser.join(0.001)
         return hidden(*arguments)
 
-    monkeypatch.setattr(model, "hidden", asking)
+    monkeypatch.setattr(model, "hidden_at", asking)
     run_together(*(lambda stream=stream: list(stream) for stream in streams))
     pauser.join(60)
     assert seen == [10]

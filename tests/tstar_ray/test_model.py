@@ -39,34 +39,59 @@ def staircase(length, block):
     return (grid[None] <= grid[:, None])[None]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_logits_equal_plain_transformers_under_the_same_mask(architecture):
+def model_and_twin(architecture):
+    """The same weights as a block-diffusion model and in plain transformers."""
     torch.manual_seed(0)
     if architecture == "qwen3":
         model = make_model()
-        twin = plain_twin(model)
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=96,
-            initializer_range=0.1,
-        )
-        twin = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-        hf = transformers.LlamaForCausalLM._from_config(
-            copy.deepcopy(config), attn_implementation="block_diffusion"
-        ).eval()
-        hf.load_state_dict(twin.state_dict())
-        model = BlockDiffusionLM(hf, mask_id=63, token_limit=62)
+        return model, plain_twin(model)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        initializer_range=0.1,
+    )
+    twin = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    hf = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="block_diffusion").eval()
+    hf.load_state_dict(twin.state_dict())
+    return BlockDiffusionLM(hf, mask_id=63, token_limit=62), twin
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_logits_equal_plain_transformers_under_the_same_mask(architecture):
+    model, twin = model_and_twin(architecture)
     ids, visible = torch.randint(0, 60, (2, 21)), staircase(21, 4).expand(2, 21, 21)
     positions = torch.arange(21).expand(2, 21)
     expected = twin(ids, attention_mask=visible[:, None], position_ids=positions).logits
     found = model.hf.lm_head(model.hidden(ids, positions, TrainLayout(visible, torch.float32)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_hidden_states_at_an_index_and_their_gradients_are_those_of_a_whole_pass(architecture, checkpointed):
+    model, twin = model_and_twin(architecture)
+    ids, visible = torch.randint(0, 60, (2, 21)), staircase(21, 4).expand(2, 21, 21)
+    positions, index = torch.arange(21).expand(2, 21), torch.tensor([40, 3, 3, 22, 20])
+    whole = twin.model(ids, attention_mask=visible[:, None], position_ids=positions).last_hidden_state
+    expected, weight = whole.flatten(0, 1)[index], torch.randn(5, whole.shape[-1])
+    (weight * expected).sum().backward()
+    seen = []
+    last = model.hf.model.layers[-1].mlp
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    if checkpointed:
+        model.train().hf.gradient_checkpointing_enable({"use_reentrant": False})
+    found = model.hidden_at(ids, positions, TrainLayout(visible, torch.float32), index)
+    (weight * found).sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = dict(model.hf.model.named_parameters())
+    for name, parameter in twin.model.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert seen == [5] * (1 + checkpointed), "only they pass through the last MLP"
 
 
 def test_a_forward_without_a_layout_fails_instead_of_running_causally():
