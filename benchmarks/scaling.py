@@ -3,9 +3,10 @@
     python -m benchmarks.scaling [--actors 1 2 4 8 16 32 64] [--staleness 0 1 2 4] [--updates 4] [--out FILE]
 
 ``actors``: tokens a second of N rollout actors, asynchronous, with an update that takes no time, and work that grows
-with N: ``of_ideal`` against all slots always decoding, ``efficiency`` against N times those of the first row, whose few
-samples make it the least certain. ``staleness``: four actors and a learner whose update takes as long as synchronous
-rollouts of a batch: idle shares of both, and tokens a second against staleness 0.
+with N: ``of_ideal`` against all slots always decoding, ``efficiency`` against N times those of the first row. Rows of
+few actors have few samples an update, and are measured over more updates. ``staleness``: four actors and a learner
+whose update takes as long as synchronous rollouts of a batch: idle shares of both, and tokens a second against
+staleness 0.
 
 Every simulated actor is a process that imports torch, about 200 MB of its own: 64 of them need 13 GB. All of them share
 the machine with the driver: what they cost themselves counts against the efficiency.
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2, 4])
-    parser.add_argument("--updates", type=int, default=4, help="updates of a run; the first is left out")
+    parser.add_argument("--updates", type=int, default=4, help="updates measured; those that fill the window are not")
+    parser.add_argument("--least", type=int, default=16, help="updates times actors measured at least")
     parser.add_argument("--groups", type=int, default=12, help="groups an update takes for each actor")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     times = Times()
-    found: dict[str, Any] = {"machine": platform.node(), "times": asdict(times), "updates": arguments.updates}
+    found: dict[str, Any] = {"machine": platform.node(), "times": asdict(times)}
     found["actors"] = _scaling(arguments.actors, times, arguments)
     found["staleness"] = _idle(arguments.staleness, times, arguments)
     text = json.dumps(found, indent=1)
@@ -73,21 +76,23 @@ def _idle(bounds: Sequence[int], times: Times, arguments: argparse.Namespace) ->
 
 
 def _run(actors: int, staleness: int, times: Times, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run; means over its updates but the first, the last of which has nothing behind it to overlap with."""
-    config = _config(actors, staleness, times, arguments)
+    """One run; means over its updates but the first, which fill the window, and the last, which empty it."""
+    updates = max(arguments.updates, ceil(arguments.least / actors))
+    config = _config(actors, staleness, updates, times, arguments)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         simulate(config, times, Path(folder) / "run", name=f"scaling-{actors}-{staleness}-{time.monotonic_ns()}")
         wall = time.monotonic() - began
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if r["kind"] == "update"]
-    steady = records[1 : len(records) - staleness or None]
+    steady = records[1 + staleness : 1 + staleness + updates]
     seconds = sum(r["seconds/update"] for r in steady)
     groups = actors * arguments.groups
     tokens = sum(r["rollout/mean_tokens"] * groups * config.rollout.group_size for r in steady)
     return {
         "actors": actors,
         "max_staleness": staleness,
+        "updates": updates,
         "groups_per_update": groups,
         "tokens_per_s": tokens / seconds,
         "of_ideal": tokens / seconds * times.token_s / (actors * times.slots),
@@ -102,13 +107,13 @@ def _run(actors: int, staleness: int, times: Times, arguments: argparse.Namespac
     }
 
 
-def _config(actors: int, staleness: int, times: Times, arguments: argparse.Namespace) -> Config:
+def _config(actors: int, staleness: int, updates: int, times: Times, arguments: argparse.Namespace) -> Config:
     return load_config(
         None,
         [
             "curriculum.blocks=[4]",
-            # What is dispatched ahead of the end of a stage ends with it: a run is longer by the window.
-            f"curriculum.updates=[{arguments.updates + staleness}]",
+            # Nothing is dispatched beyond the end of a stage: a run is longer by the window, at both ends.
+            f"curriculum.updates=[{1 + staleness + updates + staleness}]",
             "curriculum.rollback.limit=0",
             f"actors.count={actors}",
             f"reward.count={1 + actors // 32}",
@@ -116,7 +121,7 @@ def _config(actors: int, staleness: int, times: Times, arguments: argparse.Names
             f"rollout.problems={actors * arguments.groups}",
             "rollout.group_size=8",
             f"rollout.max_staleness={staleness}",
-            "rollout.max_new_tokens=4096",
+            "rollout.max_new_tokens=1024",
             "eval.problems=1",
             "eval.every=0",
             "run.save_traces=false",

@@ -1,7 +1,8 @@
 """Rollout actors and a learner rank that take a configured time instead of computing.
 
 A completion of L tokens takes L x `Times.token_s` in one of an actor's slots, an update `Times.update_s`. Lengths are
-log-normal, drawn from each sample's own seed, so that every configuration decodes the same work.
+log-normal up to the decoding's limit, drawn from each sample's own seed, so that every configuration decodes the same
+work.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class Times:
     """Of the weights that are published, fp32."""
 
 
-def completion_tokens(seed: int, times: Times, block: int) -> int:
-    """Length of a completion in whole blocks, the same for a seed wherever it is decoded."""
+def completion_tokens(seed: int, times: Times, decoding: Decoding) -> int:
+    """Length of a completion in whole blocks, cut at ``max_new_tokens``; the same for a seed wherever it is decoded."""
     tokens = np.random.default_rng(seed).lognormal(np.log(times.median_tokens), times.sigma)
-    return max(1, round(tokens / block)) * block
+    block = decoding.block_size
+    return max(1, round(min(tokens, decoding.max_new_tokens) / block)) * block
 
 
 class SimulatedRollout:
@@ -93,11 +95,11 @@ class SimulatedRollout:
     def generate(self, requests: Sequence[Request], decoding: Decoding, version: int) -> list[tuple[Trajectory, str]]:
         """Wait as long as decoding would take."""
         assert self._proof.version >= version
-        block, spans = decoding.block_size, []
+        spans = []
         with self._turn:
             for request in requests:
                 start = max(time.monotonic(), heapq.heappop(self._free))
-                tokens = completion_tokens(request.seed, self._times, block)
+                tokens = completion_tokens(request.seed, self._times, decoding)
                 end = start + tokens * self._times.token_s
                 heapq.heappush(self._free, end)
                 spans.append((request, tokens, start))
@@ -124,7 +126,7 @@ class SimulatedRollout:
             block_size=block,
             temperature=decoding.temperature,
             weight_versions=versions[np.searchsorted(times, began, side="right") - 1].astype(np.int64),
-            stop_reason="stop",
+            stop_reason="length" if tokens >= decoding.max_new_tokens else "stop",
         )
         return trajectory, ("right", "wrong")[request.seed % 2]
 
