@@ -144,7 +144,9 @@ class BlockDiffusionLM(nn.Module):
         """ids and positions [R, N] -> final hidden states [R, N, hidden]."""
         return _run_backbone(self.hf.model, ids, positions, layout, None)
 
-    def hidden_at(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, index: torch.Tensor) -> torch.Tensor:
+    def hidden_at(
+        self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, index: torch.Tensor
+    ) -> torch.Tensor:
         """The final hidden states [M, hidden] at flat indices ``index`` [M] into [R * N]; others are not computed."""
         return hidden_at(self.hf.model, ids, positions, layout, index)
 
