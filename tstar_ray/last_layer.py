@@ -17,6 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class LastLayer(GradientCheckpointingLayer):
     """A pre-norm decoder layer (Qwen3, Llama) made of another one's modules: parameters keep their names and order."""
 
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
     @classmethod
     def of(cls, layer: nn.Module) -> LastLayer:
         """The same layer: it shares the modules."""
