@@ -68,7 +68,7 @@ class Adapter:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         model = checkpoint.model
         if config.gradient_checkpointing:
-            model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations()
         self._backend = Backend(model, [list(model.parameters())], config)
 
     def update(self, examples: Sequence[Example], plan: StepPlan, *, update: int) -> StepReport:
@@ -166,8 +166,8 @@ class Adapter:
 
     def flat_weights(self) -> torch.Tensor:
         """All weights as one CPU buffer; collective under ZeRO-3."""
-        with self._backend.full_parameters():
-            return flatten(self._checkpoint.model)
+        model = self._checkpoint.model
+        return flatten(model, whole=self._backend.whole(model.parameters()))
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` continues from; collective."""

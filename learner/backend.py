@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from tstar_ray.checkpoint import MANIFEST
 from tstar_ray.config import LearnerConfig
 
 _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
+_GATHERED_AT_ONCE = 2**28
+"""Values of shards that are put together at a time to publish weights."""
 
 
 class UpdateError(FloatingPointError):
@@ -103,9 +105,27 @@ class Backend:
                 if torch.is_tensor(value):
                     value.zero_()
 
+    def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+        """Each parameter in turn, whole on every rank while it is out; under ZeRO-3, where they are shards otherwise,
+        collective, and no more than `_GATHERED_AT_ONCE` values (or one parameter) are whole at a time."""
+        if self._stage < 3:
+            yield from parameters
+            return
+        parts: list[list[nn.Parameter]] = []
+        room = 0
+        for parameter in parameters:
+            if parameter.ds_numel > room:
+                parts.append([])
+                room = _GATHERED_AT_ONCE
+            parts[-1].append(parameter)
+            room -= parameter.ds_numel
+        for part in parts:
+            with self._gathered(part, modifier_rank=None):
+                yield from part
+
     @contextlib.contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Whole parameters on every rank; they are shards outside under ZeRO-3."""
+        """All parameters whole on every rank at once; they are shards outside under ZeRO-3."""
         if self._stage < 3:
             yield
         else:

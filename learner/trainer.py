@@ -87,7 +87,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         model, loss = checkpoint.model, config.loss
         if config.gradient_checkpointing:
-            model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations()
         self._reference: BlockDiffusionLM | None = None
         if loss.kl_coef and loss.kl_reference != "old":
             self._reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -351,12 +351,11 @@ class Trainer:
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3, where a rank that
         needs no buffer may call `gather_weights` instead."""
-        with self._policy.full_parameters():
-            return flatten(self._model, out)
+        return flatten(self._model, out, self._policy.whole(self._model.parameters()))
 
     def gather_weights(self) -> None:
         """Take part in another rank's `flat_weights`."""
-        with self._policy.full_parameters():
+        for _ in self._policy.whole(self._model.parameters()):
             pass
 
     def save(self, folder: str | Path) -> None:

@@ -77,6 +77,10 @@ ELSEWHERE = {
         "test_experiment.py",
         "test_a_stopped",
     ),
+    "python -m tstar_ray.experiment configs/experiment_embedded.yaml --arms tstar,direct": (
+        "test_experiment.py",
+        "test_a_stopped",
+    ),
     "python -m tstar_ray.experiment": ("test_experiment.py", "test_a_stopped"),
     "python -m tstar_ray.adapt": ("test_adapt.py", "test_an_adaptation_is_stopped"),
     "python -m tstar_ray.doctor": ("test_doctor.py", "test_the_embedded_run_misses_nothing"),

@@ -99,5 +99,10 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
     again = experiment(tmp_path, "--table")
     assert "4 runs, 2 done" in again
     assert "started" not in again
+    chosen = experiment(tmp_path, "--arms", "base,tstar")
+    assert "started" not in chosen, "what is left is of another arm"
+    assert "--arms tstra: no arm tstra; the file has base, tstar, broken" in experiment(
+        tmp_path, "--arms", "tstra", expect=2
+    )
     changed = experiment(tmp_path, "settings=[rollout.problems=5]", "--table", expect=2)
     assert "was begun with other settings" in changed

@@ -2,6 +2,7 @@
 
     python -m tstar_ray.experiment configs/experiment_embedded.yaml            go on from whatever is done
     python -m tstar_ray.experiment configs/experiment_embedded.yaml --table    tables and figures of what is done
+    python -m tstar_ray.experiment configs/experiment_embedded.yaml --arms tstar,direct   train these arms only
     python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[1] name=quick
 
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
@@ -43,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="YAML file that describes the experiment")
     parser.add_argument("--table", action="store_true", help="run nothing; tables and figures of what is done")
+    parser.add_argument("--arms", metavar="ARM,ARM", help="train these arms only; tables still show whatever is done")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="keys over the file's")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_settings(ExperimentConfig, arguments.file, arguments.settings, example="seeds=[1,2]")
         folder = (config.dir / config.name).resolve()
         cells = plan(config, Path(arguments.file).parent, folder)
+        arms = _chosen(config, arguments.arms)
         done = [cell for cell in cells if cell.done()]
         print(f"experiment {config.name}: {len(cells)} runs, {len(done)} done; folder {folder}", flush=True)
         failed: list[Job] = []
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel=config.parallel, timeout_s=config.cell_timeout_s, say=lambda text: print(text, flush=True)
         )
         if not arguments.table:
-            failed += runner.run([cell.job() for cell in cells if cell not in done])
+            failed += runner.run([cell.job() for cell in cells if cell.arm in arms and cell not in done])
         if not arguments.table and not runner.stopped:
             failed += runner.run([d.job() for d in plan_decodings(config, cells, folder) if not d.done()])
         if runner.stopped:
@@ -317,6 +320,14 @@ def _add_page(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], tab
         print(f"report: {write_experiment_report(arms, folder, title=config.name, said=said, drawn=drawn)}", flush=True)
     except Exception as error:
         print(f"no report ({type(error).__name__}: {error}); --table tries again", flush=True)
+
+
+def _chosen(config: ExperimentConfig, arms: str | None) -> list[str]:
+    names = list(config.arms) if arms is None else [name.strip() for name in arms.split(",")]
+    unknown = [name for name in names if name not in config.arms]
+    if unknown:
+        raise ConfigError(f"--arms {arms}: no arm {', '.join(unknown)}; the file has {', '.join(config.arms)}")
+    return names
 
 
 def _reference(config: ExperimentConfig) -> str:

@@ -140,6 +140,12 @@ class BlockDiffusionLM(nn.Module):
         """Of its weights."""
         return next(self.hf.parameters()).dtype
 
+    def checkpoint_activations(self) -> None:
+        """Layers compute their activations again in the backward pass instead of keeping them."""
+        # The name in newer versions of transformers, which warn of the other.
+        enable = getattr(self.hf, "activation_checkpointing_enable", self.hf.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
         """ids and positions [R, N] -> final hidden states [R, N, hidden]."""
         return _run_backbone(self.hf.model, ids, positions, layout, None)

@@ -32,20 +32,21 @@ class Proof:
 
 
 @torch.no_grad()
-def flatten(module: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
+def flatten(
+    module: nn.Module, out: torch.Tensor | None = None, whole: Iterable[nn.Parameter] | None = None
+) -> torch.Tensor:
     """All parameters end to end in one contiguous CPU tensor [P] of their common dtype: ``out``, a buffer that was
-    returned before, if it is given, since fresh memory costs more than the copy. Makes no second copy on a GPU."""
+    returned before, if it is given, since fresh memory costs more than the copy. Where parameters are shards (ZeRO-3),
+    ``whole`` gives them in the same order, each whole until the next is asked for. Makes no second copy on a GPU."""
     parameters = list(module.parameters())
     dtypes = {p.dtype for p in parameters}
     if len(dtypes) != 1:
         raise ValueError(f"parameters of several dtypes cannot share a flat buffer: {sorted(map(str, dtypes))}")
-    cuda = parameters[0].is_cuda
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
     if out is None:
-        out = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=cuda)
-    for parameter, part in zip(parameters, out.split([p.numel() for p in parameters])):
-        part.view_as(parameter).copy_(parameter, non_blocking=cuda)
-    if cuda:
-        torch.cuda.synchronize(parameters[0].device)
+        out = torch.empty(sum(sizes), dtype=parameters[0].dtype, pin_memory=parameters[0].is_cuda)
+    for parameter, part in zip(parameters if whole is None else whole, out.split(sizes)):
+        part.view_as(parameter).copy_(parameter)
     return out
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed as configured here: what it does with bf16 gradients where it can add them up in fp32."""
+"""DeepSpeed as configured here: bf16 gradients added up in fp32, and shards put together."""
 
 import pytest
 import torch
@@ -36,3 +36,29 @@ def _many_micro_batches():
         with backend.full_parameters():
             found.append((norms, str(caught.value), float((module.weight - before).abs().max())))
     return found
+
+
+def test_weights_are_published_from_a_few_shards_at_a_time():
+    same, shards, together = on_ranks(2, _published_in_parts)
+    assert same
+    assert shards == [0, 0], "shards before, and left so"
+    assert together == [320_000, 320_000, 320_000, 490_000, 160_000], "as many as 400,000 have room for, or one"
+
+
+def _published_in_parts():
+    from learner import backend
+    from tstar_ray.config import LearnerConfig
+    from tstar_ray.weights import flatten
+
+    backend._GATHERED_AT_ONCE = 400_000
+    torch.manual_seed(0)
+    # DeepSpeed leaves small ones whole.
+    shapes = [(400, 400), (3,), (400, 400), (700, 700), (400, 400)]
+    module = torch.nn.ParameterList(torch.randn(shape) for shape in shapes)
+    large = [p for p in module if p.dim() == 2]
+    expected = flatten(module)
+    policy = backend.Backend(module, [list(module)], LearnerConfig(zero_stage=3))
+    before = sum(p.numel() for p in large)
+    together = [sum(p.numel() for p in large) for _ in policy.whole(module.parameters())]
+    flat = flatten(module, whole=policy.whole(module.parameters()))
+    return torch.equal(flat, expected), [before, sum(p.numel() for p in large)], together

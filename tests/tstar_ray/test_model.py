@@ -84,7 +84,7 @@ def test_hidden_states_at_an_index_and_their_gradients_are_those_of_a_whole_pass
     last = model.hf.model.layers[-1].mlp
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
     if checkpointed:
-        model.train().hf.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train().checkpoint_activations()
     found = model.hidden_at(ids, positions, TrainLayout(visible, torch.float32), index)
     (weight * found).sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
