@@ -29,6 +29,7 @@ from torch import nn
 
 from tstar_ray.checkpoint import MANIFEST
 from tstar_ray.config import LearnerConfig
+from tstar_ray.weights import whole_numel
 
 _TAG, _UNIVERSAL, _WORLD = "state", "universal", "world.json"
 _GATHERED_AT_ONCE = 2**28
@@ -114,11 +115,11 @@ class Backend:
         parts: list[list[nn.Parameter]] = []
         room = 0
         for parameter in parameters:
-            if parameter.ds_numel > room:
+            if whole_numel(parameter) > room:
                 parts.append([])
                 room = _GATHERED_AT_ONCE
             parts[-1].append(parameter)
-            room -= parameter.ds_numel
+            room -= whole_numel(parameter)
         for part in parts:
             with self._gathered(part, modifier_rank=None):
                 yield from part

@@ -31,6 +31,11 @@ class Proof:
     """See `checksum`; 16 hexadecimal digits."""
 
 
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Values of a parameter, also where DeepSpeed left a shard of it (ZeRO-3)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 @torch.no_grad()
 def flatten(
     module: nn.Module, out: torch.Tensor | None = None, whole: Iterable[nn.Parameter] | None = None
@@ -42,7 +47,7 @@ def flatten(
     dtypes = {p.dtype for p in parameters}
     if len(dtypes) != 1:
         raise ValueError(f"parameters of several dtypes cannot share a flat buffer: {sorted(map(str, dtypes))}")
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    sizes = [whole_numel(p) for p in parameters]
     if out is None:
         out = torch.empty(sum(sizes), dtype=parameters[0].dtype, pin_memory=parameters[0].is_cuda)
     for parameter, part in zip(parameters if whole is None else whole, out.split(sizes)):
