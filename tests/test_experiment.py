@@ -104,5 +104,17 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
     assert "--arms tstra: no arm tstra; the file has base, tstar, broken" in experiment(
         tmp_path, "--arms", "tstra", expect=2
     )
+    text = (folder / "experiment.json").read_text()
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(text.replace('"seed": 1', '"seed": 3').replace('"seed": 2', '"seed": 4'))
+    experiment(tmp_path, "--table", "--join", str(elsewhere))
+    four = json.loads((folder / "experiment.json").read_text())
+    assert [(cell["arm"], cell["seed"]) for cell in four["cells"]] == [
+        (arm, seed) for arm in ("base", "tstar") for seed in (1, 2, 3, 4)
+    ]
+    for had, has in ((found["rows"], four["rows"]), (found["frontier"]["rows"], four["frontier"]["rows"])):
+        assert [row["seeds"] for row in has] == [4] * len(had)
+        assert [row["accuracy"] for row in has] == pytest.approx([row["accuracy"] for row in had])
+
     changed = experiment(tmp_path, "settings=[rollout.problems=5]", "--table", expect=2)
     assert "was begun with other settings" in changed

@@ -4,6 +4,7 @@
     python -m tstar_ray.experiment configs/experiment_embedded.yaml --table    tables and figures of what is done
     python -m tstar_ray.experiment configs/experiment_embedded.yaml --arms tstar,direct   train these arms only
     python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[1] name=quick
+    python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[4,5] --join other/experiment.json
 
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
                                                  │ thresholds
@@ -29,6 +30,7 @@ from tstar_ray.config import Config, ConfigError, load_config
 from tstar_ray.config_evaluate import EvaluateConfig, held_out_set
 from tstar_ray.config_experiment import ArmConfig, ExperimentConfig
 from tstar_ray.experiment_frontier import Decoded, frontier, frontier_markdown
+from tstar_ray.experiment_join import join
 from tstar_ray.experiment_runner import Job, Runner
 from tstar_ray.experiment_summary import CellResult, markdown, own_accuracies, rows, summary
 from tstar_ray.settings import load_settings, to_yaml
@@ -45,13 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE", help="YAML file that describes the experiment")
     parser.add_argument("--table", action="store_true", help="run nothing; tables and figures of what is done")
     parser.add_argument("--arms", metavar="ARM,ARM", help="train these arms only; tables still show whatever is done")
+    parser.add_argument(
+        "--join",
+        metavar="JSON",
+        type=Path,
+        action="append",
+        default=[],
+        help="experiment.json of other seeds, from another machine: part of tables and figures (again for more)",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="keys over the file's")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_settings(ExperimentConfig, arguments.file, arguments.settings, example="seeds=[1,2]")
         folder = (config.dir / config.name).resolve()
         cells = plan(config, Path(arguments.file).parent, folder)
-        arms = _chosen(config, arguments.arms)
+        arms, others = _chosen(config, arguments.arms), join(config, arguments.join)
         done = [cell for cell in cells if cell.done()]
         print(f"experiment {config.name}: {len(cells)} runs, {len(done)} done; folder {folder}", flush=True)
         failed: list[Job] = []
@@ -65,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if runner.stopped:
             print("stopped; the same command continues", flush=True)
             return 130
-        report(config, folder, cells, failed)
+        report(config, folder, cells, failed, *others)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -272,9 +282,17 @@ def results(config: ExperimentConfig, cells: Sequence[Cell]) -> list[CellResult]
     return found
 
 
-def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed: Sequence[Job]) -> None:
-    """experiment.json, table.md and figures of what has ended, and the table on the console."""
-    found = results(config, cells)
+def report(
+    config: ExperimentConfig,
+    folder: Path,
+    cells: Sequence[Cell],
+    failed: Sequence[Job],
+    others: Sequence[CellResult],
+    decoded_others: Sequence[Decoded],
+) -> None:
+    """experiment.json, table.md and figures of what has ended, here and in ``others``, and the table on the console."""
+    order = list(config.arms)
+    found = sorted([*results(config, cells), *others], key=lambda cell: (order.index(cell.arm), cell.seed))
     if not found:
         print("no run has ended yet: no table", flush=True)
         return
@@ -283,6 +301,7 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
     made = summary(found, reference)
     table = markdown(made, labels)
     decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
+    decoded = sorted([*decoded, *decoded_others], key=lambda d: (order.index(d.arm), d.seed))
     starts = [row for row in rows(found) if row.arm == reference]
     if decoded and starts:
         reference_row = asdict(min(starts, key=lambda row: row.block))
@@ -296,6 +315,7 @@ def report(config: ExperimentConfig, folder: Path, cells: Sequence[Cell], failed
         "failed": [job.name for job in failed],
         **made,
         "cells": [asdict(cell) for cell in found],
+        "decoded": [asdict(d) for d in decoded],
     }
     (folder / "experiment.json").write_text(json.dumps(everything, indent=1))
     (folder / "table.md").write_text(table)

@@ -1,0 +1,67 @@
+"""Seeds of an experiment that ran on another machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tstar_ray.config_base import ConfigError
+from tstar_ray.config_experiment import ExperimentConfig
+from tstar_ray.experiment_join import join
+
+CONFIG = {
+    "name": "a",
+    "seeds": [1, 2],
+    "settings": ["rollout.problems=4"],
+    "arms": {"base": {"decode_only": True}, "direct": {"settings": ["curriculum.mode=direct"]}},
+}
+SCORES = {"accuracy": 0.5, "tpf": 2.0, "tpf_with_commits": 1.5, "truncated": 0.0}
+
+
+def result(seeds, **changes):
+    evaluation = SCORES | {"decoding": {"block_size": 16}}
+    return {
+        "experiment": CONFIG | {"name": "elsewhere", "seeds": seeds} | changes,
+        "cells": [{"arm": "direct", "seed": seed, "evaluations": [evaluation], "updates": 4} for seed in seeds],
+        "decoded": [{"arm": "direct", "seed": seed, "block": 16, "threshold": 0.9, **SCORES} for seed in seeds],
+    }
+
+
+def joined(tmp_path, *results):
+    files = [tmp_path / f"{number}.json" for number in range(len(results))]
+    for file, one in zip(files, results):
+        file.write_text(json.dumps(one))
+    return join(ExperimentConfig(**CONFIG), files)
+
+
+def test_other_seeds_come_with_all_they_have(tmp_path):
+    cells, decoded = joined(tmp_path, result([3, 4]), result([5]))
+    assert [(cell.arm, cell.seed, cell.updates) for cell in cells] == [("direct", seed, 4) for seed in (3, 4, 5)]
+    assert [(one.seed, one.threshold, one.tpf) for one in decoded] == [(seed, 0.9, 2.0) for seed in (3, 4, 5)]
+    assert cells[0].evaluations == [SCORES | {"decoding": {"block_size": 16}}]
+
+
+def test_nothing_to_join():
+    assert join(ExperimentConfig(**CONFIG), []) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([result([2, 3])], r"0\.json: seeds \[2\] are there already; name those that ran here, as in seeds=\[4,5\]"),
+        ([result([3]), result([3])], r"1\.json: seeds \[3\] are there already"),
+        ([result([3], settings=["rollout.problems=5"])], "arm direct had other settings: .*problems=5.*problems=4"),
+        ([result([3], thresholds=[0.5])], r"'thresholds': \[0\.5\]"),
+        ([{"experiment": CONFIG}], r"0\.json: not the experiment.json of an experiment \(KeyError\('cells'\)\)"),
+        ([[1]], "not the experiment.json"),
+        ([result([3]) | {"cells": [{"arm": "tstar", "seed": 3, "evaluations": []}]}], "its arm tstar is none of this"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(tmp_path, results, message):
+    with pytest.raises(ConfigError, match=message):
+        joined(tmp_path, *results)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(ConfigError, match="--join /nowhere.json: .*No such file"):
+        join(ExperimentConfig(**CONFIG), [Path("/nowhere.json")])

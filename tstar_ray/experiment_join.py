@@ -1,0 +1,50 @@
+"""Other seeds of an experiment, from the ``experiment.json`` that another machine wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tstar_ray.config_base import ConfigError
+from tstar_ray.config_experiment import ExperimentConfig
+from tstar_ray.experiment_frontier import Decoded
+from tstar_ray.experiment_summary import CellResult
+
+
+def join(config: ExperimentConfig, files: Sequence[Path]) -> tuple[list[CellResult], list[Decoded]]:
+    """Their runs, and their models at the thresholds. Raises ConfigError for a file that is no result of this
+    experiment, and for a seed that is there twice."""
+    cells: list[CellResult] = []
+    decoded: list[Decoded] = []
+    for file in files:
+        try:
+            saved = json.loads(file.read_text())
+            theirs = ExperimentConfig(**saved["experiment"])
+            cells_there = [CellResult(**cell) for cell in saved["cells"]]
+            decoded += [Decoded(**one) for one in saved["decoded"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--join {file}: not the experiment.json of an experiment ({error!r})") from error
+        for arm in dict.fromkeys(cell.arm for cell in cells_there):
+            if arm not in config.arms:
+                raise ConfigError(f"--join {file}: its arm {arm} is none of this file's: {', '.join(config.arms)}")
+            here, there = _settings(config, arm), _settings(theirs, arm)
+            if here != there:
+                raise ConfigError(f"--join {file}: arm {arm} had other settings: {there}; here they are {here}")
+        taken = {cell.seed for cell in cells}.union(config.seeds) & {cell.seed for cell in cells_there}
+        if taken:
+            raise ConfigError(
+                f"--join {file}: seeds {sorted(taken)} are there already; name those that ran here, as in seeds=[4,5]"
+            )
+        cells += cells_there
+    return cells, decoded
+
+
+def _settings(config: ExperimentConfig, arm: str) -> dict[str, Any]:
+    return {
+        "config": config.config and str(config.config),
+        "settings": [*config.settings, *config.arms[arm].settings],
+        "decode_only": config.arms[arm].decode_only,
+        "thresholds": list(config.thresholds),
+    }
