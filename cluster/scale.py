@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.pool import ActorPool
+from tstar_ray.claim import held_by
 from tstar_ray.place import Place, here
 
 REQUEST, STATUS = "scale.json", "status.json"
@@ -156,22 +157,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if counts.keys() - set(roles):
         print(f"error: {folder} has no actors to add: only its learner works there", file=sys.stderr)
         return 2
+    works = held_by(folder) != ""
+    if counts and not works and (folder / "result.json").is_file():
+        print(f"error: {folder} has ended: no actors are needed any more", file=sys.stderr)
+        return 2
     if counts:
         ask(folder, counts)
-    deadline = time.monotonic() + arguments.wait
+    deadline = time.monotonic() + (arguments.wait if works else 0.0)
     while True:
         status = read_status(folder)
         there = all(status[role]["wanted"] == n == len(status[role]["live"]) for role, n in counts.items())
         if there or time.monotonic() >= deadline:
             break
         time.sleep(0.2)
+    if not works:
+        print(f"nothing works in {folder} now; what follows was so when it ended or was lost")
     for role in roles:
         print(f"{role}: {status[role]['wanted']} wanted, {len(status[role]['live'])} work, {status[role]['lost']} lost")
     for role in (*roles, "learner"):
         for name, place in status[role]["actors"].items():
             print(f"  {name} on {place['node']}, process {place['pid']}, log {place['log'] or 'on its terminal'}")
     if not there:
-        print("not all of them work yet; what was asked for stays asked for", file=sys.stderr)
+        when = "stays asked for" if works else f"holds from its next start on (run.resume={folder})"
+        print(f"not all of them work yet; what was asked for {when}", file=sys.stderr)
     return 0 if there else 1
 
 

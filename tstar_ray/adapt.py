@@ -58,7 +58,7 @@ def launch(config: AdaptConfig) -> int:
     name = config.run.name or ("" if auto else f"{time.strftime('%Y%m%d-%H%M%S')}-adapt")
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     with claim_folder(config) as (folder, config):
-        if auto and (folder / "result.json").is_file():
+        if config is None:
             print(f"{folder} has ended already; its model is in {folder / 'final'}")
             return 0
         trackers = open_trackers(config.run.trackers, folder, config.model_dump(mode="json"))

@@ -59,6 +59,23 @@ def hold(folder: Path, *, lease_s: float = _LEASE_S, say: Callable[[str], None] 
             file.truncate(0)
 
 
+def held_by(folder: Path) -> str | None:
+    """Who works in a folder, as far as can be told from here; empty: nobody, None: nothing that locks it ever has."""
+    try:
+        named = (folder / _LOCK).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    process, _, host = named.removeprefix("process ").partition(" on ")
+    if host == socket.gethostname() and process.isdigit():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+    return named
+
+
 def _lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +92,8 @@ def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
     """Make the run folder, or take the one to resume; refuses one that holds another run, or that is in use.
 
     ``config`` has a section ``run`` (`tstar_ray.config.RunConfig`). Yields the folder, and the configuration in which
-    ``run.resume=auto`` has become the folder, or None for a new run. One that has ended is left as it is.
+    ``run.resume=auto`` has become the folder, or None for a new run. In place of the configuration, None says that the
+    run has ended, with these settings or those that auto does not look at: it is left as it is.
     """
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
     folder, resume = (config.run.dir / name).resolve(), config.run.resume
@@ -100,11 +118,12 @@ def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
                 f"{folder} already holds {'something else' if auto else 'a run'}; choose another run.name"
                 + ("" if auto else f", or continue it with run.resume={folder}")
             )
-        if auto and (folder / "result.json").is_file():
-            yield folder, config
+        ended, changed = (auto or resume) and (folder / "result.json").is_file(), False
+        if resume and (folder / "config.yaml").is_file() and not (auto and ended):
+            changed = _compare(load_settings(type(config), folder / "config.yaml"), config, folder)
+        if ended and not changed:
+            yield folder, None
             return
-        if resume and (folder / "config.yaml").is_file():
-            _compare(load_settings(type(config), folder / "config.yaml"), config, folder)
         if not resume:
             _clear(folder)  # of one that ended before there was anything to continue from
         (folder / "config.yaml").write_text(config.to_yaml())
@@ -123,8 +142,10 @@ def recorded_settings(kind: type[Section], given: dict[str, Any]) -> Path | None
     return file if file.is_file() and any(folder.glob("checkpoints/u*")) else None
 
 
-def _compare(begun: Any, config: Any, folder: Path) -> None:
-    """Say what a resumed run does otherwise from here on; raises ConfigError where its data would be others."""
+def _compare(begun: Any, config: Any, folder: Path) -> bool:
+    """Say what a resumed run does otherwise from here on, if anything; raises ConfigError where its data would be
+    others."""
+    changed = False
     for key, (old, new) in differences(begun, config).items():
         if key in ("run.dir", "run.name", "run.resume"):
             continue
@@ -134,6 +155,8 @@ def _compare(begun: Any, config: Any, folder: Path) -> None:
                 "begin another run with model.path set to what this one has trained"
             )
         print(f"from here on {key}={new} (so far {old})")
+        changed = True
+    return changed
 
 
 def _taken(folder: Path, *, again: bool) -> bool:

@@ -54,9 +54,8 @@ def launch(config: Config) -> int:
 
     if config.learner.replay:
         return replay_update(config, config.learner.replay)
-    auto = config.run.resume == Path("auto")
     with claim_folder(config) as (folder, config):
-        if auto and (folder / "result.json").is_file():
+        if config is None:
             print(f"{folder} has ended already; its trained model is in {folder / 'final'}")
             return 0
         total = sum(stage.gate.updates for stage in config.curriculum.resolve())

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from tstar_ray.claim import claim_folder, hold, recorded_settings
+from tstar_ray.claim import claim_folder, held_by, hold, recorded_settings
 from tstar_ray.config import Config, ConfigError, load_config
 from tstar_ray.settings import load_settings
 
@@ -68,6 +68,20 @@ def test_a_holder_on_a_lost_machine_is_waited_for(holder, tmp_path):
     assert said == [f"{tmp_path} is in use by process 5 on another-node; waiting 60 s, as that machine may be lost"]
 
 
+def test_who_works_in_a_folder_can_be_told(holder, tmp_path):
+    assert held_by(tmp_path) == f"process {holder.pid} on {socket.gethostname()}"
+    holder.kill()
+    holder.wait()
+    assert held_by(tmp_path) == "", "killed"
+    with hold(tmp_path):
+        assert held_by(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert held_by(tmp_path) == "", "ended"
+    (tmp_path / ".driver").write_text("process 5 on another-node")
+    assert held_by(tmp_path) == "process 5 on another-node", "nothing to say that it does not"
+    (tmp_path / ".driver").unlink()
+    assert held_by(tmp_path) is None, "an evaluation, say"
+
+
 def test_two_drivers_never_share_a_run(holder, tmp_path):
     for settings in ([f"run.name={tmp_path.name}"], [f"run.name={tmp_path.name}", "run.resume=auto"]):
         given = config(tmp_path.parent, *settings)
@@ -108,8 +122,12 @@ def test_auto_resumes_where_there_is_a_checkpoint_starts_where_there_is_none_and
         (folder / "metrics.jsonl").write_text("all of it")
         (folder / "result.json").write_text("{}")
     with claim_folder(auto) as (folder, claimed):
+        assert claimed is None
         assert (folder / "metrics.jsonl").read_text() == "all of it", "ended, its checkpoints thrown away by its owner"
         (folder / "checkpoints" / "u00004").mkdir(parents=True)
+    with claim_folder(auto) as (folder, claimed):
+        assert claimed is None
+    (folder / "result.json").unlink()
     with claim_folder(auto) as (folder, claimed):
         assert claimed.run.resume == folder
 
@@ -156,6 +174,10 @@ def test_a_run_that_has_ended_keeps_its_settings(tmp_path):
     with claim_folder(config(tmp_path, "run.name=a", "learner.lr=0.003")) as (folder, _):
         (folder / "checkpoints" / "u00004").mkdir(parents=True)
         (folder / "result.json").write_text("{}")
-    with claim_folder(config(tmp_path, "run.name=a", "run.resume=auto", "learner.lr=0.5")):
-        pass
+    for resume, lr in (("auto", 0.5), (folder, 0.003)):
+        with claim_folder(config(tmp_path, "run.name=a", f"run.resume={resume}", f"learner.lr={lr}")) as (_, claimed):
+            assert claimed is None
     assert load_config(folder / "config.yaml").learner.lr == 0.003
+    changed = config(tmp_path, "run.name=a", f"run.resume={folder}", "learner.lr=0.5")
+    with claim_folder(changed) as (_, claimed):
+        assert claimed.learner.lr == 0.5, "asked for by name, with something new: it goes on"
