@@ -87,7 +87,7 @@ class VerifierPool:
         rejected: list[tuple[_Item, str]] = []
         with self._lock:
             if self._closed:
-                raise RuntimeError("the verifier pool is closed") from self._failure
+                raise RuntimeError(str(self._failure or "the verifier pool is closed")) from self._failure
             overloaded = self._unassigned >= self.limits.max_waiting
             for place, (text, answer) in enumerate(items):
                 item = _Item(text, answer, call, place)

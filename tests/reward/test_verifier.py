@@ -79,8 +79,10 @@ def test_a_fault_ends_its_own_item_only(grader, text, verdict, replaced):
 
 
 def test_a_grader_that_cannot_be_imported_breaks_the_pool_instead_of_waiting(grader):
-    with VerifierPool(2, grader="no_grader:grade") as pool, pytest.raises(RuntimeError, match="do not start"):
-        pool.verify([("1", "1")])
+    with VerifierPool(2, grader="no_grader:grade") as pool:
+        for _ in range(2):  # asked before it broke, and after
+            with pytest.raises(RuntimeError, match="workers for 'no_grader:grade' do not start"):
+                pool.verify([("1", "1")])
 
 
 def test_workers_killed_while_idle_are_replaced_however_many_they_are(grader):
