@@ -7,7 +7,8 @@
 The command writes ``scale.json`` into the run folder, and the driver answers in ``status.json``; both are replaced
 as a whole. What was asked for last also holds for a run that resumes, from its start on. Actors the cluster has no
 room for stay pending: Ray's autoscaler sees them, and they start when nodes join. A file that holds no such request is
-named and ignored.
+named and ignored. Where nothing works in the folder the command says so instead of waiting, and a run that has ended
+takes no request.
 """
 
 from __future__ import annotations

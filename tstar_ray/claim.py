@@ -92,8 +92,8 @@ def claim_folder(config: Any) -> Iterator[tuple[Path, Any]]:
     """Make the run folder, or take the one to resume; refuses one that holds another run, or that is in use.
 
     ``config`` has a section ``run`` (`tstar_ray.config.RunConfig`). Yields the folder, and the configuration in which
-    ``run.resume=auto`` has become the folder, or None for a new run. In place of the configuration, None says that the
-    run has ended, with these settings or those that auto does not look at: it is left as it is.
+    ``run.resume=auto`` has become the folder, or None for a new run. None in place of the configuration: the run has
+    ended and is left as it is (auto does not look at its settings; a folder given by name is asked for nothing new).
     """
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.curriculum.mode}"
     folder, resume = (config.run.dir / name).resolve(), config.run.resume
