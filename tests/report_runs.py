@@ -1,6 +1,7 @@
 """Run folders made by hand for tests of the report: two stages, held-out scores, traces of the embedded vocabulary."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,19 @@ NASTY = 'How many </script><b onclick="x">pens</b> & "balls"?'
 
 
 def make_run(
-    folder: Path, *, seed: int = 0, updates: tuple[int, int] = (4, 4), gain: float = 0.1, ended: bool = True
+    folder: Path,
+    *,
+    seed: int = 0,
+    updates: tuple[int, int] = (4, 4),
+    gain: float = 0.1,
+    ended: bool = True,
+    settings: Sequence[str] = (),
 ) -> Path:
     """B=4 then B=8; accuracy rises by ``gain`` in each stage, TPF by a tenth."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    config = load_config(None, ["curriculum.blocks=[4,8]", f"curriculum.updates=[{updates[0]},{updates[1]}]"])
+    stages = ["curriculum.blocks=[4,8]", f"curriculum.updates=[{updates[0]},{updates[1]}]"]
+    config = load_config(None, [*stages, *settings])
     (folder / "config.yaml").write_text(config.to_yaml())
     records = [evaluation(0, 4, 0.6, 2.0), evaluation(0, 8, 0.5, 3.0)]
     for update in range(1, sum(updates) + 1):

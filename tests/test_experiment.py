@@ -115,6 +115,15 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
     for had, has in ((found["rows"], four["rows"]), (found["frontier"]["rows"], four["frontier"]["rows"])):
         assert [row["seeds"] for row in has] == [4] * len(had)
         assert [row["accuracy"] for row in has] == pytest.approx([row["accuracy"] for row in had])
+    assert "tstar-s1 ended here or in a file before" in experiment(
+        tmp_path, "--join", str(folder / "experiment.json"), expect=2
+    )
+    # In another folder the runs of that file count as done, and only what it lacks is begun.
+    rest = experiment(tmp_path, "name=rest", "--arms", "base,tstar", "--join", str(folder / "experiment.json"))
+    assert "2 runs, 0 done" in rest
+    assert "started" not in rest
+    moved = json.loads((folder.parent / "rest" / "experiment.json").read_text())
+    assert (moved["rows"], moved["frontier"]["rows"]) == (four["rows"], four["frontier"]["rows"])
 
     changed = experiment(tmp_path, "settings=[rollout.problems=5]", "--table", expect=2)
     assert "was begun with other settings" in changed

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding, Variant
@@ -94,6 +95,29 @@ class Batch:
         self.found.groups = [self._complete[i] for i in self.order if i in self._complete]
         self.found.rollout_s = self._rolled - self._began
         self.found.reward_s = time.monotonic() - self._rolled
+
+
+@dataclass(slots=True)
+class Job:
+    """A call in flight."""
+
+    batch: Batch
+    actor: str
+    payload: list[Any]
+    """Requests to decode, or (trajectory, text) pairs to score."""
+    sent: float
+    deadline: float
+
+
+@dataclass(slots=True)
+class Trouble:
+    """Units that an actor failed at since it last delivered one."""
+
+    count: int
+    """Those in flight together count once: one fault of an engine fails all of them."""
+    at: float
+    groups: set[int]
+    """In all of them: what may be to blame instead of the actor."""
 
 
 def sample_seed(seed: int, group_id: int, sample: int) -> int:

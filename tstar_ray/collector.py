@@ -23,7 +23,6 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -31,7 +30,7 @@ import ray
 from cluster.placement import first_line
 from cluster.pool import ActorPool
 from cluster.weights import Published
-from tstar_ray.collection import Batch, Collection, Limits, OpenGroup, sample_seed
+from tstar_ray.collection import Batch, Collection, Job, Limits, OpenGroup, Trouble, sample_seed
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding, Variant
 from tstar_ray.trajectory import Group, Request, Sample, Trajectory
@@ -42,28 +41,6 @@ _FAILURES = 3
 """Units in a row that an actor may fail at, unless all hold the same group."""
 _FAILED = (ray.exceptions.RayTaskError, ray.exceptions.UnserializableException)
 """A call failed in an actor that lives; by any other error of Ray the actor, its node or its answer is gone."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """A call in flight."""
-
-    batch: Batch
-    actor: str
-    payload: list[Any]
-    sent: float
-    deadline: float
-
-
-@dataclass(slots=True)
-class _Trouble:
-    """Units that an actor failed at since it last delivered one."""
-
-    count: int
-    """Those in flight together count once: one fault of an engine fails all of them."""
-    at: float
-    groups: set[int]
-    """In all of them: what may be to blame instead of the actor."""
 
 
 class Collector:
@@ -90,10 +67,10 @@ class Collector:
         self._served: Published | None = None
         self._batches: list[Batch] = []
         self._numbers = itertools.count()
-        self._rolling: dict[Any, _Job] = {}
-        self._scoring: dict[Any, _Job] = {}
+        self._rolling: dict[Any, Job] = {}
+        self._scoring: dict[Any, Job] = {}
         self._unscored: deque[tuple[Batch, list[tuple[Trajectory, str]]]] = deque()
-        self._trouble: dict[str, _Trouble] = {}
+        self._trouble: dict[str, Trouble] = {}
         self._ticked = time.monotonic()
         self.tokens: Counter[str] = Counter()
         """Completion tokens so far, by rollout actor."""
@@ -237,7 +214,7 @@ class Collector:
         self._trouble = {name: trouble for name, trouble in self._trouble.items() if name in self.rollouts.names}
         self._on_tick()
 
-    def _reissue(self, job: _Job) -> None:
+    def _reissue(self, job: Job) -> None:
         if isinstance(job.payload[0], Request):
             job.batch._units.appendleft(job.payload)
         else:
@@ -283,7 +260,7 @@ class Collector:
                 assert self._served is not None, "serve weights first"
                 now = time.monotonic()
                 ref = handles[name].generate.remote(unit, batch.decoding, self._served.version)
-                self._rolling[ref] = _Job(batch, name, unit, now, now + self._limits.rollout_s)
+                self._rolling[ref] = Job(batch, name, unit, now, now + self._limits.rollout_s)
                 load[name] += len(unit)
                 self._busy.setdefault(name, now)
 
@@ -313,7 +290,7 @@ class Collector:
         for first in range(0, len(produced), _CHUNK):
             self._unscored.append((job.batch, produced[first : first + _CHUNK]))
 
-    def _split(self, job: _Job) -> None:
+    def _split(self, job: Job) -> None:
         """Try a unit that failed again in smaller ones; a sample that failed alone is drawn anew, a bounded number of
         times."""
         parts: dict[int, list[Request]] = {}
@@ -326,10 +303,10 @@ class Collector:
         elif request := self._retry(job.batch, job.payload[0].group_id):
             job.batch._units.append([request])
 
-    def _blame(self, job: _Job, reason: str) -> None:
+    def _blame(self, job: Job, reason: str) -> None:
         """Count a failed unit against its actor, and replace one that fails at everything."""
         groups, now = {request.group_id for request in job.payload}, time.monotonic()
-        trouble = self._trouble.setdefault(job.actor, _Trouble(0, 0.0, groups))
+        trouble = self._trouble.setdefault(job.actor, Trouble(0, 0.0, groups))
         trouble.groups &= groups
         if job.sent > trouble.at:
             trouble.count, trouble.at = trouble.count + 1, now
@@ -352,7 +329,7 @@ class Collector:
             load[name] += len(payload)
             now, limit = time.monotonic(), self._limits.start_s + self._limits.reward_s * load[name]
             ref = handles[name].score.remote(items)
-            self._scoring[ref] = _Job(batch, name, payload, now, now + limit)
+            self._scoring[ref] = Job(batch, name, payload, now, now + limit)
 
     def _take_score(self, ref: Any) -> None:
         job = self._scoring.pop(ref)

@@ -34,7 +34,6 @@ from tstar_ray.collector import Collector
 from tstar_ray.config import Config, ConfigError, Stage
 from tstar_ray.curriculum import Curriculum
 from tstar_ray.data import ProblemSets
-from tstar_ray.decoding import Decoding
 from tstar_ray.evaluate import Evaluation
 from tstar_ray.held_out import HeldOut
 from tstar_ray.record import DASHBOARD, accuracy, update_record
@@ -372,7 +371,7 @@ class Controller:
         self._metrics.verdicts = state["verdicts"]
         self._update, self._version = state["update"], state["version"]
         self._window.stream.cursor, self._window.stream.returned = state["cursor"], state["returned"]
-        self._before = [Evaluation(**{**e, "decoding": Decoding(**_tuples(e["decoding"]))}) for e in state["before"]]
+        self._before = [Evaluation.from_dict(evaluation) for evaluation in state["before"]]
         self._reporter.rewind(self._update)
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
 
@@ -398,7 +397,3 @@ class Controller:
                 self._reporter.rewind(-1)
         finally:
             self._version = version  # a number means one set of weights, in every process that serves them
-
-
-def _tuples(decoding: dict[str, Any]) -> dict[str, Any]:
-    return decoding | {"stop_ids": tuple(decoding["stop_ids"])}

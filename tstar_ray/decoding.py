@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 Strategy = Literal["dynamic", "static", "sequential", "entropy"]
 ConfidenceSource = Literal["raw", "sampled"]
@@ -18,6 +19,12 @@ class Variant:
     """Dynamic: another threshold."""
     sub_block: int | None = None
     """Decode in sub-blocks of this size (`Decoding.order`) where the block is larger."""
+
+    def __str__(self) -> str:
+        """For people."""
+        threshold = [] if self.threshold is None else [f"threshold {self.threshold:g}"]
+        sub_block = [] if self.sub_block is None else [f"sub-blocks of {self.sub_block}"]
+        return ", ".join(threshold + sub_block) or "as the stage says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +76,13 @@ class Decoding:
             raise ValueError(
                 f"temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), top_p={self.top_p} (in (0, 1])"
             )
-
         if self.sub_block < 1:
             raise ValueError(f"sub_block={self.sub_block}; must be at least 1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From its fields as JSON has them."""
+        return cls(**{**values, "stop_ids": tuple(values["stop_ids"])})
 
     def varied(self, variant: Variant | None) -> Decoding:
         """The settings of a sample with a variant of its own."""

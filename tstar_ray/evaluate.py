@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tstar_ray.command import run_command
 from tstar_ray.config import ConfigError, ModelConfig
@@ -66,6 +66,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of `to_dict`."""
+        return cls(**{**values, "decoding": Decoding.from_dict(values["decoding"])})
 
 
 def summarise(groups: Sequence[Group], decoding: Decoding, *, unscored: int) -> Evaluation:

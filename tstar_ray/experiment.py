@@ -4,7 +4,7 @@
     python -m tstar_ray.experiment configs/experiment_embedded.yaml --table    tables and figures of what is done
     python -m tstar_ray.experiment configs/experiment_embedded.yaml --arms tstar,direct   train these arms only
     python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[1] name=quick
-    python -m tstar_ray.experiment configs/experiment_embedded.yaml seeds=[4,5] --join other/experiment.json
+    python -m tstar_ray.experiment configs/experiment_embedded.yaml --join other/experiment.json   the runs it lacks
 
     file ──► arm x seed ──► python -m tstar_ray.run … run.resume=auto ──► cells/ARM-sSEED/result.json
                                                  │ thresholds
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         action="append",
         default=[],
-        help="experiment.json of other seeds, from another machine: part of tables and figures (again for more)",
+        help="experiment.json of other runs, from another machine: they are part of tables and figures, and are not "
+        "run here (again for more)",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="keys over the file's")
     arguments = parser.parse_intermixed_args(argv)
@@ -61,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_settings(ExperimentConfig, arguments.file, arguments.settings, example="seeds=[1,2]")
         folder = (config.dir / config.name).resolve()
         cells = plan(config, Path(arguments.file).parent, folder)
-        arms, others = _chosen(config, arguments.arms), join(config, arguments.join)
         done = [cell for cell in cells if cell.done()]
+        arms = _chosen(config, arguments.arms)
+        others = join(config, arguments.join, {(cell.arm, cell.seed) for cell in done})
+        elsewhere = {(cell.arm, cell.seed) for cell in others[0]}
+        cells = [cell for cell in cells if (cell.arm, cell.seed) not in elsewhere]
         print(f"experiment {config.name}: {len(cells)} runs, {len(done)} done; folder {folder}", flush=True)
         failed: list[Job] = []
         runner = Runner(
@@ -292,7 +296,9 @@ def report(
 ) -> None:
     """experiment.json, table.md and figures of what has ended, here and in ``others``, and the table on the console."""
     order = list(config.arms)
-    found = sorted([*results(config, cells), *others], key=lambda cell: (order.index(cell.arm), cell.seed))
+    # The start model may be here and there.
+    runs = {(cell.arm, cell.seed): cell for cell in (*others, *results(config, cells))}
+    found = sorted(runs.values(), key=lambda cell: (order.index(cell.arm), cell.seed))
     if not found:
         print("no run has ended yet: no table", flush=True)
         return
@@ -300,8 +306,9 @@ def report(
     reference = _reference(config)
     made = summary(found, reference)
     table = markdown(made, labels)
-    decoded = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
-    decoded = sorted([*decoded, *decoded_others], key=lambda d: (order.index(d.arm), d.seed))
+    own = [d for way in plan_decodings(config, cells, folder) if way.done() for d in way.found()]
+    ways = {(d.arm, d.seed, d.block, d.threshold): d for d in (*decoded_others, *own)}
+    decoded = sorted(ways.values(), key=lambda d: (order.index(d.arm), d.seed))
     starts = [row for row in rows(found) if row.arm == reference]
     if decoded and starts:
         reference_row = asdict(min(starts, key=lambda row: row.block))

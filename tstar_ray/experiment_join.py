@@ -1,9 +1,9 @@
-"""Other seeds of an experiment, from the ``experiment.json`` that another machine wrote."""
+"""Other runs of an experiment, from the ``experiment.json`` that another machine wrote."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,17 @@ from tstar_ray.experiment_frontier import Decoded
 from tstar_ray.experiment_summary import CellResult
 
 
-def join(config: ExperimentConfig, files: Sequence[Path]) -> tuple[list[CellResult], list[Decoded]]:
-    """Their runs, and their models at the thresholds. Raises ConfigError for a file that is no result of this
-    experiment, and for a seed that is there twice."""
+def join(
+    config: ExperimentConfig, files: Sequence[Path], here: Collection[tuple[str, int]]
+) -> tuple[list[CellResult], list[Decoded]]:
+    """Their runs, and their models at the thresholds. ``here``: arm and seed of the runs that ended on this machine.
+
+    Raises ConfigError for a file that is no result of this experiment, and for a run that is there twice. The start
+    model is the same wherever it was decoded, and may be.
+    """
     cells: list[CellResult] = []
     decoded: list[Decoded] = []
+    taken = set(here)
     for file in files:
         try:
             saved = json.loads(file.read_text())
@@ -29,14 +35,16 @@ def join(config: ExperimentConfig, files: Sequence[Path]) -> tuple[list[CellResu
         for arm in dict.fromkeys(cell.arm for cell in cells_there):
             if arm not in config.arms:
                 raise ConfigError(f"--join {file}: its arm {arm} is none of this file's: {', '.join(config.arms)}")
-            here, there = _settings(config, arm), _settings(theirs, arm)
-            if here != there:
-                raise ConfigError(f"--join {file}: arm {arm} had other settings: {there}; here they are {here}")
-        taken = {cell.seed for cell in cells}.union(config.seeds) & {cell.seed for cell in cells_there}
-        if taken:
+            own, other = _settings(config, arm), _settings(theirs, arm)
+            if own != other:
+                raise ConfigError(f"--join {file}: arm {arm} had other settings: {other}; here they are {own}")
+        runs = {(cell.arm, cell.seed) for cell in cells_there if not config.arms[cell.arm].decode_only}
+        if twice := sorted(runs & taken):
             raise ConfigError(
-                f"--join {file}: seeds {sorted(taken)} are there already; name those that ran here, as in seeds=[4,5]"
+                f"--join {file}: {', '.join(f'{arm}-s{seed}' for arm, seed in twice)} ended here or in a file before; "
+                "every run counts once"
             )
+        taken |= runs
         cells += cells_there
     return cells, decoded
 

@@ -111,7 +111,7 @@ class CellResult:
         """The inverse of `to_dict`, also after JSON."""
         values = dict(saved)
         cell = dict(values["cell"])
-        decoding = Decoding(**cell["decoding"] | {"stop_ids": tuple(cell["decoding"]["stop_ids"])})
+        decoding = Decoding.from_dict(cell["decoding"])
         values |= {
             "cell": Cell(cell["data"], decoding, cell["samples"]),
             "pass_at": {int(k): v for k, v in values["pass_at"].items()},

@@ -10,7 +10,7 @@ pass (checked against PyTorch's own count in the tests); allocator fragmentation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tstar_ray.config_learner import LearnerConfig
@@ -117,11 +117,13 @@ class ModelShape:
 
 
 KNOWN_MODELS: dict[str, ModelShape] = {
+    "0.6b": ModelShape(1024, 28, 16, 8, 128, 3072, 151936, tied=True),
     "1.7b": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=False),
     "4b": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied=False),
     "8b": ModelShape(4096, 36, 32, 8, 128, 12288, 151936, tied=False),
 }
-"""SDAR, TraDo and Qwen3 of these sizes, as SDAR ships them (LM head apart); Qwen3-1.7B and 4B tie it."""
+"""SDAR and TraDo of these sizes, as SDAR ships them (LM head apart), and the smallest Qwen3."""
+_TIED_QWEN3 = {"1.7b", "4b"}
 
 
 def known_shape(path: str) -> ModelShape | None:
@@ -129,7 +131,11 @@ def known_shape(path: str) -> ModelShape | None:
     name = path.rsplit("/", 1)[-1].lower()
     if not name.startswith(("sdar-", "trado-", "qwen3-")):
         return None
-    return next((shape for size, shape in KNOWN_MODELS.items() if f"-{size}" in f"{name}-"), None)
+    size = next((size for size in KNOWN_MODELS if f"-{size}-" in f"{name}-"), None)
+    if size is None:
+        return None
+    tied = name.startswith("qwen3-") and size in _TIED_QWEN3
+    return replace(KNOWN_MODELS[size], tied=True) if tied else KNOWN_MODELS[size]
 
 
 @dataclass(frozen=True, slots=True)

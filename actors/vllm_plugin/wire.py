@@ -33,5 +33,4 @@ class Job:
     def from_wire(cls, extra: dict[str, Any]) -> Job:
         """The inverse; lists may have taken the place of tuples on the way."""
         values = dict(extra["tstar"])
-        decoding = dict(values.pop("decoding"))
-        return cls(Decoding(**decoding | {"stop_ids": tuple(decoding["stop_ids"])}), **values)
+        return cls(Decoding.from_dict(values.pop("decoding")), **values)

@@ -1,4 +1,4 @@
-"""Seeds of an experiment that ran on another machine."""
+"""Runs of an experiment that ended on another machine."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,11 @@ def result(seeds, **changes):
     }
 
 
-def joined(tmp_path, *results):
+def joined(tmp_path, *results, here=(("direct", 1), ("direct", 2))):
     files = [tmp_path / f"{number}.json" for number in range(len(results))]
     for file, one in zip(files, results):
         file.write_text(json.dumps(one))
-    return join(ExperimentConfig(**CONFIG), files)
+    return join(ExperimentConfig(**CONFIG), files, here)
 
 
 def test_other_seeds_come_with_all_they_have(tmp_path):
@@ -41,15 +41,27 @@ def test_other_seeds_come_with_all_they_have(tmp_path):
     assert cells[0].evaluations == [SCORES | {"decoding": {"block_size": 16}}]
 
 
+def test_seeds_asked_for_here_that_have_not_ended_may_come_from_there(tmp_path):
+    cells, _ = joined(tmp_path, result([1, 2]), here=[])
+    assert [cell.seed for cell in cells] == [1, 2]
+
+
+def test_the_start_model_may_be_here_and_there(tmp_path):
+    there = result([1])
+    there["cells"] = [{"arm": "base", "seed": 1, "evaluations": []}]
+    cells, _ = joined(tmp_path, there, there, here=[("base", 1), ("direct", 1)])
+    assert {(cell.arm, cell.seed) for cell in cells} == {("base", 1)}
+
+
 def test_nothing_to_join():
-    assert join(ExperimentConfig(**CONFIG), []) == ([], [])
+    assert join(ExperimentConfig(**CONFIG), [], []) == ([], [])
 
 
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ([result([2, 3])], r"0\.json: seeds \[2\] are there already; name those that ran here, as in seeds=\[4,5\]"),
-        ([result([3]), result([3])], r"1\.json: seeds \[3\] are there already"),
+        ([result([2, 3])], r"0\.json: direct-s2 ended here or in a file before; every run counts once"),
+        ([result([3, 4]), result([3, 4])], r"1\.json: direct-s3, direct-s4 ended here"),
         ([result([3], settings=["rollout.problems=5"])], "arm direct had other settings: .*problems=5.*problems=4"),
         ([result([3], thresholds=[0.5])], r"'thresholds': \[0\.5\]"),
         ([{"experiment": CONFIG}], r"0\.json: not the experiment.json of an experiment \(KeyError\('cells'\)\)"),
@@ -64,4 +76,4 @@ def test_what_cannot_be_joined_is_refused(tmp_path, results, message):
 
 def test_a_file_that_is_not_there():
     with pytest.raises(ConfigError, match="--join /nowhere.json: .*No such file"):
-        join(ExperimentConfig(**CONFIG), [Path("/nowhere.json")])
+        join(ExperimentConfig(**CONFIG), [Path("/nowhere.json")], [])

@@ -43,7 +43,8 @@ def test_the_embedded_model_has_the_parameters_it_has():
 
 
 def test_known_sizes_by_hand():
-    """Qwen3-8B: 8.19 billion; 4B: 4.02 with a tied head, 4.41 without; 1.7B: 1.72 and 2.03."""
+    """Qwen3-8B: 8.19 billion; 4B: 4.02 with a tied head, 4.41 without; 1.7B: 1.72 and 2.03; 0.6B: 0.60, tied."""
+    assert KNOWN_MODELS["0.6b"].parameters == 596_049_920
     assert KNOWN_MODELS["8b"].parameters == 8_190_735_360
     assert KNOWN_MODELS["4b"].backbone_parameters == 4_022_468_096
     assert KNOWN_MODELS["4b"].parameters == 4_022_468_096 + 151_936 * 2560
@@ -52,6 +53,9 @@ def test_known_sizes_by_hand():
     assert known_shape("JetLM/SDAR-4B-Chat-b32") is KNOWN_MODELS["4b"]
     assert known_shape("Gen-Verse/TraDo-8B-Instruct") is KNOWN_MODELS["8b"]
     assert known_shape("JetLM/SDAR-1.7B-Chat") is KNOWN_MODELS["1.7b"]
+    assert known_shape("Qwen/Qwen3-1.7B-Base").parameters == 1_720_574_976
+    assert known_shape("Qwen/Qwen3-4B").parameters == 4_022_468_096
+    assert known_shape("Qwen/Qwen3-8B") is KNOWN_MODELS["8b"]
     assert known_shape("JetLM/SDAR-30B-A3B-Chat") is None
     assert known_shape("someone/else-4B") is None
 

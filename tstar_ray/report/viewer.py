@@ -15,6 +15,7 @@ import numpy as np
 from tstar_ray.config import ModelConfig
 from tstar_ray.run_folder import RunFolder
 from tstar_ray.samples import Decode, decoder
+from tstar_ray.stage_settings import rollout_variants
 from tstar_ray.traces import read_traces
 from tstar_ray.trajectory import Group, Sample
 
@@ -44,6 +45,7 @@ def viewer_data(run: RunFolder, decode: Decode) -> dict[str, Any]:
             texts.append(decode([token]))
         return table[token]
 
+    variants = [str(variant) for variant in rollout_variants(run.config)] or [""]
     chosen: list[dict[str, Any]] = []
     tokens = 0
     for update, stage in _updates(run):
@@ -62,7 +64,10 @@ def viewer_data(run: RunFolder, decode: Decode) -> dict[str, Any]:
                     "answer": group.problem.answer,
                     "right": sum(s.verdict == "correct" for s in group.samples),
                     "of": len(group.samples),
-                    "samples": [_sample(s, index, decode) for s in samples],
+                    "samples": [
+                        _sample(s, index, decode) | {"how": variants[s.trajectory.sample % len(variants)]}
+                        for s in samples
+                    ],
                 }
             )
         if problems:

@@ -102,6 +102,19 @@ def test_long_runs_show_both_ends_of_every_stage(tmp_path):
     assert all(len(u["problems"]) <= PROBLEMS for u in data["updates"])
 
 
+def test_the_viewer_says_how_each_sample_was_decoded(tmp_path):
+    settings = ["rollout.variants=[{}, {threshold: 0.6, sub_block: 4}]"]
+    data = viewer_data(read_run(make_run(tmp_path / "varied", settings=settings)), str)
+    told = [[s["how"] for s in p["samples"]] for u in data["updates"] for p in u["problems"]]
+    # The first problem shown has sample 0 wrong and sample 1 right; the right one stands first.
+    assert told[:2] == [
+        ["threshold 0.6, sub-blocks of 4", "as the stage says"],
+        ["as the stage says", "threshold 0.6, sub-blocks of 4"],
+    ]
+    plain = viewer_data(read_run(make_run(tmp_path / "plain")), str)
+    assert {s["how"] for u in plain["updates"] for p in u["problems"] for s in p["samples"]} == {""}
+
+
 def test_the_page_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr("tstar_ray.report.viewer.TOKENS", 200)
     data = viewer_data(read_run(make_run(tmp_path / "bounded")), str)

@@ -17,7 +17,8 @@ DRIVER = shutil.which("chromedriver")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_run(tmp_path_factory.mktemp("runs") / "made")
+    variants = "rollout.variants=[{}, {threshold: 0.6}]"
+    folder = make_run(tmp_path_factory.mktemp("runs") / "made", settings=[variants])
     write_run_report(folder)
     return folder
 
@@ -210,7 +211,9 @@ def test_update_problem_and_sample_are_chosen(page):
         page.select("sample", sample)
         t = page.shown()
         assert page.one("#t-step").text.startswith(f"step {t.step_map.max()} of {t.step_map.max()}")
-        assert f"B={t.block_size} · {t.completion_len} tokens in {t.step_map.max()} steps" in page.one("#t-info").text
+        info = page.one("#t-info").text
+        assert f"B={t.block_size} · {t.completion_len} tokens in {t.step_map.max()} steps" in info
+        assert f"decoded {('as the stage says', 'threshold 0.6')[t.sample]}" in info
         seen.add(page.one("#t-answer").text)
     assert len(seen) == 5
     page.show()

@@ -37,7 +37,7 @@
     $("prompt").textContent = sample.prompt;
     $("verdict").textContent = sample.verdict;
     $("verdict").className = "verdict " + (sample.verdict === "correct" ? "up" : "down");
-    $("info").textContent = `expected ${problem.answer} · B=${sample.B} · ${sample.length} tokens in ${last} steps, ${(sample.length / last).toFixed(2)} a step` + (sample.stop === "length" ? " · cut at the cap" : "");
+    $("info").textContent = `expected ${problem.answer} · B=${sample.B} · ${sample.length} tokens in ${last} steps, ${(sample.length / last).toFixed(2)} a step` + (sample.how && ` · decoded ${sample.how}`) + (sample.stop === "length" ? " · cut at the cap" : "");
     build();
     go(last);
   }
