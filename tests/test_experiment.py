@@ -115,7 +115,7 @@ def test_a_stopped_experiment_goes_on_and_its_table_is_that_of_its_runs(tmp_path
     for had, has in ((found["rows"], four["rows"]), (found["frontier"]["rows"], four["frontier"]["rows"])):
         assert [row["seeds"] for row in has] == [4] * len(had)
         assert [row["accuracy"] for row in has] == pytest.approx([row["accuracy"] for row in had])
-    assert "tstar-s1 ended here or in a file before" in experiment(
+    assert "tstar-s1, tstar-s2 ended here or in a file before" in experiment(
         tmp_path, "--join", str(folder / "experiment.json"), expect=2
     )
     # In another folder the runs of that file count as done, and only what it lacks is begun.
