@@ -46,7 +46,7 @@ def stopped_and_continued(tmp_path_factory):
     """Ctrl-C after the third of eight cells, then the same command again."""
     folder = tmp_path_factory.mktemp("evaluation") / "cells"
     job = subprocess.Popen(
-        command(folder, "actors.max_batch=2"),  # slow enough to be caught in the middle
+        command(folder, "actors.count=1", "actors.max_batch=1"),  # slow enough to be caught in the middle
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
