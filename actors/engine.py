@@ -45,6 +45,8 @@ class EngineStats:
     """Passes that denoise; each also commits what the pass before finished and reads what prompts are new."""
     prefills: int = 0
     """Passes that only read prompts, or read again what new weights made stale."""
+    graphed: int = 0
+    """Of the passes that denoise, those of a fixed shape, replayed from a CUDA graph on a GPU."""
     forwarded_tokens: int = 0
     """Query tokens of all passes."""
     sequence_steps: int = 0

@@ -39,6 +39,12 @@ _ALIGNED = 16
 """Keys are looked at in multiples of it: CUDA's kernels copy a bias that is not aligned, in every layer."""
 
 
+def rounded_up(size: int, least: int = 16) -> int:
+    """One of about eight sizes between a power of two and the next, ``least`` apart at least."""
+    step = max(least, 2 ** (size.bit_length() - 4))
+    return -(-size // step) * step
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -120,6 +126,18 @@ class Rows:
         """[n] queries of each row."""
         return self.end - self.start
 
+    @property
+    def first(self) -> IntArray:
+        """[n] index of each row's first token among those of the pass."""
+        return self.lengths.cumsum() - self.lengths
+
+    def tokens(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """Row, index among the row's queries, position, and one past the last position it sees, of each token: [N]."""
+        row = np.repeat(np.arange(len(self.start)), self.lengths)
+        query = np.arange(len(row)) - self.first[row]
+        position = self.start[row] + query
+        return row, query, position, (position // self.block_size[row] + 1) * self.block_size[row]
+
 
 def cut_runs(rows: Rows, *, at_once: int, run_cost: int) -> Iterator[tuple[int, int, int, int]]:
     """Cut a pass into runs: (first row, one past the last, first query, one past the last) of each, in order.
@@ -143,6 +161,20 @@ def cut_runs(rows: Rows, *, at_once: int, run_cost: int) -> Iterator[tuple[int, 
 
 
 @dataclass(frozen=True, slots=True)
+class FixedTensors:
+    """Where the tokens of a pass of fixed shape are, on the device; N tokens of S rows of Q queries."""
+
+    slot_N: torch.Tensor
+    """[N] slot of each token."""
+    position_N: torch.Tensor
+    """[N] its position."""
+    place: torch.Tensor
+    """[N] flat index into [S, Q]."""
+    end: torch.Tensor
+    """[S, Q] one past the last position that each query sees; 1 for those that no token is at."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
     """Neighbouring rows, or some queries of one row, whose attention is one padded call."""
 
@@ -162,56 +194,22 @@ class _Run:
     """[rows, longest] one past the last position that each query sees."""
 
 
-class RaggedLayout:
-    """One pass over the cache: a `tstar_ray.model.Layout`."""
+class CacheLayout:
+    """Attention of one pass over the cache: a `tstar_ray.model.Layout`."""
 
-    def __init__(self, cache: KVCache, rows: Rows, *, groups: int, also: Sequence[IntArray] = ()) -> None:
-        """``groups``: query heads that share one key head. ``also``: what else the pass needs on the device; it travels
-        in the same transfer and is `also` then."""
+    slot_N: torch.Tensor
+    """[N] slot of each token."""
+    position_N: torch.Tensor
+    """[N] position of each token."""
+
+    def __init__(self, cache: KVCache, groups: int) -> None:
+        """``groups``: query heads that share one key head."""
         self._cache, self._groups = cache, groups
-        device = cache.keys[0].device
-        lengths = rows.lengths
-        first = lengths.cumsum() - lengths
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        query = np.arange(len(row)) - first[row]
-        position = rows.start[row] + query
-        visible = (position // rows.block_size[row] + 1) * rows.block_size[row]
-        at_once = SCORES_AT_ONCE[device.type]
-        runs, arrays = [], [np.stack([rows.slot[row], position]), _copies(rows), *also]
-        cuts = cut_runs(rows, at_once=at_once // groups, run_cost=_RUN_COST[device.type] // groups)
-        for a, b, begin, stop in cuts:
-            longest = stop - begin
-            tokens = slice(
-                int(first[a]) + begin, int(first[a]) + stop if b == a + 1 else int(first[b - 1] + lengths[b - 1])
-            )
-            place = (row[tokens] - a) * longest + query[tokens] - begin
-            # Padding queries see position 0, so that no softmax is empty; their output is never read.
-            end = np.ones((b - a) * longest, dtype=np.int64)
-            end[place] = visible[tokens]
-            dense = len(place) == len(end)
-            runs.append((a, b, tokens, longest, int(end.max()), dense))
-            arrays += [end.reshape(b - a, longest), place[: 0 if dense else None]]
-        (self.slot_N, self.position_N), copies, *sent = send_together(arrays, device)
-        self.also = sent[: len(also)]
-        pieces = copies.split(max(1, at_once // (cache.keys[0][:1, :, :1].numel())), dim=1)
-        self._copies = [tuple(piece) for piece in pieces if piece.numel()]
-        self._runs = [
-            _Run(
-                slots=slice(int(rows.slot[a]), int(rows.slot[b - 1]) + 1),
-                tokens=tokens,
-                rows=b - a,
-                longest=longest,
-                keys=min(-(-keys // _ALIGNED) * _ALIGNED, cache.shape[1]),
-                small=device.type == "cpu" and lengths[a] <= 2 * rows.block_size[a],
-                place=None if dense else place,
-                end=end,
-            )
-            for (a, b, tokens, longest, keys, dense), end, place in zip(
-                runs, sent[len(also) :: 2], sent[len(also) + 1 :: 2]
-            )
-        ]
-        kept = sum(run.rows * run.longest * run.keys * groups for run in self._runs) <= at_once
-        self._biases = [self._bias(run) for run in self._runs] if kept else None
+        self._copies: list[tuple[torch.Tensor, ...]] = []
+        """Slots to copy from, slots to copy to and positions, a piece at a time."""
+        self._runs: list[_Run] = []
+        self._biases: list[torch.Tensor] | None = None
+        """Of every run, where all of them may be kept for all layers."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -256,6 +254,76 @@ class RaggedLayout:
             out = F.scaled_dot_product_attention(padded, key, value, attn_mask=bias, scale=scale)
         out = out.view(n, kv_heads, g, q, dim).permute(0, 3, 1, 2, 4).reshape(n * q, kv_heads * g, dim)
         return out if run.place is None else out[run.place]
+
+
+class RaggedLayout(CacheLayout):
+    """A pass as it comes: as many runs as its rows need."""
+
+    def __init__(self, cache: KVCache, rows: Rows, *, groups: int, also: Sequence[IntArray] = ()) -> None:
+        """``also``: what else the pass needs on the device; it travels in the same transfer and is `also` then."""
+        super().__init__(cache, groups)
+        device = cache.keys[0].device
+        lengths, first = rows.lengths, rows.first
+        row, query, position, visible = rows.tokens()
+        at_once = SCORES_AT_ONCE[device.type]
+        runs, arrays = [], [np.stack([rows.slot[row], position]), _copies(rows), *also]
+        cuts = cut_runs(rows, at_once=at_once // groups, run_cost=_RUN_COST[device.type] // groups)
+        for a, b, begin, stop in cuts:
+            longest = stop - begin
+            tokens = slice(
+                int(first[a]) + begin, int(first[a]) + stop if b == a + 1 else int(first[b - 1] + lengths[b - 1])
+            )
+            place = (row[tokens] - a) * longest + query[tokens] - begin
+            # Padding queries see position 0, so that no softmax is empty; their output is never read.
+            end = np.ones((b - a) * longest, dtype=np.int64)
+            end[place] = visible[tokens]
+            dense = len(place) == len(end)
+            runs.append((a, b, tokens, longest, int(end.max()), dense))
+            arrays += [end.reshape(b - a, longest), place[: 0 if dense else None]]
+        (self.slot_N, self.position_N), copies, *sent = send_together(arrays, device)
+        self.also = sent[: len(also)]
+        pieces = copies.split(max(1, at_once // (cache.keys[0][:1, :, :1].numel())), dim=1)
+        self._copies = [tuple(piece) for piece in pieces if piece.numel()]
+        self._runs = [
+            _Run(
+                slots=slice(int(rows.slot[a]), int(rows.slot[b - 1]) + 1),
+                tokens=tokens,
+                rows=b - a,
+                longest=longest,
+                keys=min(-(-keys // _ALIGNED) * _ALIGNED, cache.shape[1]),
+                small=device.type == "cpu" and lengths[a] <= 2 * rows.block_size[a],
+                place=None if dense else place,
+                end=end,
+            )
+            for (a, b, tokens, longest, keys, dense), end, place in zip(
+                runs, sent[len(also) :: 2], sent[len(also) + 1 :: 2]
+            )
+        ]
+        kept = sum(run.rows * run.longest * run.keys * groups for run in self._runs) <= at_once
+        self._biases = [self._bias(run) for run in self._runs] if kept else None
+
+
+class FixedLayout(CacheLayout):
+    """A pass of ``rows`` slots, the first ones, in one run whose shape and tensors are given: it may be recorded."""
+
+    def __init__(self, cache: KVCache, at: FixedTensors, *, groups: int, keys: int, small: bool) -> None:
+        """Attends to the first ``keys`` positions. ``small``: as in a pass of few queries."""
+        super().__init__(cache, groups)
+        self.slot_N, self.position_N = at.slot_N, at.position_N
+        rows, longest = at.end.shape
+        self._runs = [
+            _Run(
+                slots=slice(0, rows),
+                tokens=slice(0, len(at.slot_N)),
+                rows=rows,
+                longest=longest,
+                keys=keys,
+                small=small,
+                place=at.place,
+                end=at.end,
+            )
+        ]
+        self._biases = [self._bias(self._runs[0])]
 
 
 def _copies(rows: Rows) -> IntArray:

@@ -48,7 +48,11 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
         return VllmEngine(blueprint, serving), tokenizer
     checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
     engine = TorchEngine(
-        checkpoint.model, max_batch=actors.max_batch, cache_gb=actors.cache_gb, cache_update=actors.cache_update
+        checkpoint.model,
+        max_batch=actors.max_batch,
+        cache_gb=actors.cache_gb,
+        cache_update=actors.cache_update,
+        cuda_graphs=actors.cuda_graphs,
     )
     return engine, checkpoint.tokenizer
 

@@ -20,6 +20,9 @@ eighth, so that requests of many lengths do not move the cache each time.
 stop tokens; a round in which sequences end fetches these as well. All else is planned on the host (actors.slots), and
 goes to the device in one transfer that nothing waits for, however many decoding settings are in use.
 
+**Shapes may be fixed** (``cuda_graphs``): passes that only denoise and commit are then recorded as CUDA graphs and
+replayed (actors.graphs).
+
 **New weights** are loaded between two rounds. Keys and values of older weights are computed again in the next pass
 (``recompute``), so that every recorded log-prob is that of one version's weights, or stay (``keep``) and the
 trajectory is marked ``stale_cache``.
@@ -37,9 +40,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.denoise import Positions, denoise, to_device
+from actors.denoise import Positions, denoise, send_together, to_device
 from actors.engine import UNPROVEN, EngineStats
-from actors.kv_cache import IntArray, KVCache, RaggedLayout, Rows
+from actors.graphs import GraphedPasses
+from actors.kv_cache import IntArray, KVCache, RaggedLayout, Rows, rounded_up
 from actors.rounds import Rounds
 from actors.slots import Slots, Work
 from tstar_ray.decoding import Decoding
@@ -76,11 +80,13 @@ class TorchEngine(Rounds):
         cache_gb: float = 4.0,
         cache_update: CacheUpdate = "recompute",
         pass_tokens: int = 8192,
+        cuda_graphs: bool = False,
         version: int = 0,
     ) -> None:
         """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values;
         prompts beyond ``pass_tokens`` in one pass are read in several, which bounds what its tokens take (what its
-        attention takes is bounded in actors.kv_cache)."""
+        attention takes is bounded in actors.kv_cache). ``cuda_graphs``: see actors.graphs; on CPU its passes are
+        of the same fixed shapes, and nothing is recorded."""
         super().__init__()
         self._model = model.eval()
         self._max_batch, self._cache_gb = max_batch, cache_gb
@@ -91,6 +97,7 @@ class TorchEngine(Rounds):
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._cache = KVCache(config, dtype=model.dtype, device=model.device)
         self._slots = Slots(mask_id=model.mask_id, device=model.device)
+        self._graphs = GraphedPasses(model, self._cache, self._slots, groups=self._groups) if cuda_graphs else None
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
         self._rules: list[Decoding] = []
@@ -215,6 +222,8 @@ class TorchEngine(Rounds):
         return False
 
     def _resize(self, slots: int, length: int) -> None:
+        if self._graphs:
+            self._graphs.clear()
         try:
             self._slots.resize(slots, length)
             self._cache.resize(slots, length, kept=self._slots.active)
@@ -253,14 +262,20 @@ class TorchEngine(Rounds):
         fields = self._slots.fields[slot]
         rows = Rows(slot=slot, start=start, end=end, block_size=fields["block_size"], source=fields["source"])
         also = [array for step in steps for array in step.arrays]
-        layout = RaggedLayout(self._cache, rows, groups=self._groups, also=also)
-        ids = self._slots.ids[layout.slot_N, layout.position_N]
-        wanted = torch.cat([layout.slot_N[:0], *(plan[0] for plan in layout.also[::2])])
-        hidden = self._model.hidden_at(ids[None], layout.position_N[None], layout, wanted)
+        if self._graphs and steps and (run := self._graphs.find(rows)):
+            sent: Sequence[torch.Tensor] = send_together(also, self._model.device)
+            hidden = run(rows).index_select(0, torch.cat([plan[0] for plan in sent[::2]]))
+            self._stats.graphed += 1
+        else:
+            layout = RaggedLayout(self._cache, rows, groups=self._groups, also=also)
+            sent = layout.also
+            ids = self._slots.ids[layout.slot_N, layout.position_N]
+            wanted = torch.cat([layout.slot_N[:0], *(plan[0] for plan in sent[::2])])
+            hidden = self._model.hidden_at(ids[None], layout.position_N[None], layout, wanted)
         self._slots.fields["source"][slot] = -1
-        self._stats.forwarded_tokens += len(ids)
+        self._stats.forwarded_tokens += int(rows.lengths.sum())
         self._stats.forward_seconds += time.perf_counter() - began
-        return hidden, layout.also
+        return hidden, sent
 
     def _denoise(self) -> NDArray[np.bool_]:
         """One denoising step of every active sequence, with all that is due; returns [n] which ended."""
@@ -343,12 +358,6 @@ class TorchEngine(Rounds):
         if len(source):
             self._cache.move(source, target)
         self._full = False
-
-
-def rounded_up(length: int) -> int:
-    """Length of a slot for so many positions: one of about eight between a power of two and the next."""
-    step = max(16, 2 ** (length.bit_length() - 4))
-    return -(-length // step) * step
 
 
 def in_bytes(count: float) -> str:

@@ -14,7 +14,7 @@ measure() { # NAME [arguments]
 }
 measure checks
 measure rollout --model sdar-4b --blocks 4 16 32 --schedules static --steps 4 --prompts 256 --prompt 128 \
-  --new-tokens 256 --lengths fixed --max-batch 128 --cache-gb 40 --repeats 1 --only-engine
+  --new-tokens 256 --lengths fixed --max-batch 128 --cache-gb 40 --repeats 1 --only-engine --cuda-graphs
 measure learner --model sdar-1.7b --blocks 4 16 32 --samples 4 --new-tokens 1024 --micro-batch-tokens 8192
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2

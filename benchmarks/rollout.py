@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only-engine", action="store_true", help="continuous batching alone")
     parser.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="vllm: measure that one too")
     parser.add_argument("--cache-gb", type=float, default=4.0)
+    parser.add_argument("--cuda-graphs", action="store_true", help="continuous batching with actors.cuda_graphs too")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
     parser.add_argument("--peak-gbps", type=float, default=4800.0, help="of its memory (H200)")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
@@ -112,6 +113,13 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
         )
         row: dict = {"max_batch": size, "continuous": median(functools.partial(engine, at_once=len(requests)))}
         others = {}
+        if arguments.cuda_graphs:
+            graphs = TorchEngine(model, max_batch=size, cache_gb=cache_gb, cuda_graphs=True)
+            again = functools.partial(measure, model, requests, decoding, lambda e=graphs: e, at_once=len(requests))
+            again()  # shapes are recorded
+            row["graphs"] = median(again)
+            row["graphs_times_faster"] = row["graphs"]["tokens_per_s"] / row["continuous"]["tokens_per_s"]
+            graphs.sleep()
         if not arguments.only_engine:
             row["static"] = median(functools.partial(engine, at_once=size, to_the_longest=True))
             row["shrinking"] = median(functools.partial(engine, at_once=size))

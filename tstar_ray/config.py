@@ -194,6 +194,9 @@ class ActorsConfig(Section):
     cache_update: Literal["recompute", "keep"] = "recompute"
     """What new weights in mid-sequence do to keys and values of the older ones: recompute keeps every recorded
     log-prob exact; keep costs nothing and marks the trajectory."""
+    cuda_graphs: bool = False
+    """Record denoising passes of the torch engine as CUDA graphs, which spares the host their launches. Has not
+    run on a GPU yet."""
     gpus: float = Field(0, ge=0)
     """GPUs an actor takes."""
     cpus: float = Field(1, gt=0)
@@ -215,6 +218,19 @@ class ActorsConfig(Section):
     """An actor that holds work and makes no progress for so long is replaced."""
     vllm: VllmConfig = VllmConfig()
     """Settings of that engine."""
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Self:
+        if self.cuda_graphs and self.engine != "torch":
+            raise ValueError(
+                f"actors.cuda_graphs=true is a setting of actors.engine=torch, and the engine is {self.engine}, "
+                "which decides by itself; leave it out"
+            )
+        if self.cuda_graphs and not self.gpus:
+            raise ValueError(
+                "actors.cuda_graphs=true needs a GPU, but actors.gpus=0; set actors.gpus=1 or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks(self) -> Self:

@@ -1,0 +1,168 @@
+"""Denoising passes of a few fixed shapes, recorded as CUDA graphs.
+
+A pass launches some fifty kernels for each layer. With few tokens a GPU computes them faster than the host launches
+them; a graph launches all of them at once. It demands that shapes and addresses are those of the recording:
+
+    rows of the pass ──round up──► shape ──► recorded? ──► one transfer into its plan ──► replay ──► hidden states
+
+- **Shapes are rounded up**: rows, queries of a row, tokens and keys. What fills the tokens up is the pass's first token
+  again: it writes the same keys and values to the same place, so that nothing is masked and no place is set aside.
+  What fills the rows up are slots that nobody reads.
+- **What differs from pass to pass** is one tensor of integers: slot and position of each token, and how far each query
+  sees. Token ids are read inside the graph.
+- **Weights, cache and slots stay where they are**; new weights are copied into the old. Whoever moves the cache or the
+  slots calls `GraphedPasses.clear`.
+- A shape is recorded when it comes for the third time. Passes that read prompts or copy their keys are not:
+  they are few, and of many shapes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.denoise import to_device
+from actors.kv_cache import SCORES_AT_ONCE, FixedLayout, FixedTensors, IntArray, KVCache, Rows, rounded_up
+from actors.slots import Slots
+from tstar_ray.model import BlockDiffusionLM
+
+RECORDED_AT_MOST = 128
+"""Shapes; the one that was not needed for the longest time makes room."""
+_WORTH_IT = 3
+"""Passes of a shape until it is recorded, which takes longer than a pass: some shapes do not come back."""
+_STEP = 64
+"""Tokens and keys are multiples of it at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a recorded pass."""
+
+    rows: int
+    """Slots."""
+    queries: int
+    """Of a row, padded."""
+    tokens: int
+    """Of the pass."""
+    keys: int
+    """Positions looked at."""
+
+
+class GraphedPasses:
+    """Runs passes of recorded shapes."""
+
+    def __init__(self, model: BlockDiffusionLM, cache: KVCache, slots: Slots, *, groups: int) -> None:
+        """``groups``: query heads that share one key head."""
+        self._model, self._cache, self._slots, self._groups = model, cache, slots, groups
+        self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
+        self._seen: dict[Shape, int] = {}
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Recorded now."""
+        return list(self._passes)
+
+    def clear(self) -> None:
+        """Forget all recordings, before the cache or the slots move."""
+        self._passes.clear()
+        self._seen.clear()
+
+    def find(self, rows: Rows) -> Callable[[Rows], torch.Tensor] | None:
+        """What runs a pass like this one, which begins at slot 0: it returns final hidden states [tokens, H], those of
+        the pass's own tokens first, which the next pass overwrites. None where its shape is not recorded."""
+        shape = self.shape(rows)
+        if shape is None:
+            return None
+        if shape in self._passes:
+            self._passes.move_to_end(shape)
+            return self._passes[shape]
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] < _WORTH_IT:
+            return None
+        if len(self._passes) == RECORDED_AT_MOST:
+            self._passes.popitem(last=False)
+        made = _Pass(shape, self._run, self._model.device, self._pool)
+        return self._passes.setdefault(shape, made)
+
+    def shape(self, rows: Rows) -> Shape | None:
+        """The fixed shape that a pass fits into; None for passes that read prompts or copy keys, or are too large."""
+        lengths = rows.lengths
+        if (rows.source >= 0).any() or (lengths > 2 * rows.block_size).any():
+            return None
+        slots, positions = self._cache.shape
+        shape = Shape(
+            rows=min(rounded_up(len(lengths), least=8), slots),
+            queries=int(lengths.max()),
+            tokens=rounded_up(int(lengths.sum()), least=_STEP),
+            keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
+        )
+        scores = shape.rows * shape.queries * shape.keys * self._groups
+        return shape if scores <= SCORES_AT_ONCE[self._model.device.type] else None
+
+    def _run(self, shape: Shape, at: FixedTensors) -> torch.Tensor:
+        """Final hidden states [tokens, H]."""
+        small = self._model.device.type == "cpu"
+        layout = FixedLayout(self._cache, at, groups=self._groups, keys=shape.keys, small=small)
+        ids = self._slots.ids[at.slot_N, at.position_N]
+        return self._model.hidden(ids[None], at.position_N[None], layout)[0]
+
+
+class _Pass:
+    """One shape."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        run: Callable[[Shape, FixedTensors], torch.Tensor],
+        device: torch.device,
+        pool: Any,
+    ) -> None:
+        """Records ``run`` on a GPU, into the memory of ``pool`` (torch's handle of it); None on CPU."""
+        self._shape, self._run = shape, run
+        n, padded = shape.tokens, shape.rows * shape.queries
+        # Every token at position 0 of slot 0 until the first pass: a plan that can be run.
+        self._plan = torch.zeros(3 * n + padded, dtype=torch.long, device=device)
+        self._plan[3 * n :] = 1
+        slot, position, place, end = self._plan.split([n, n, n, padded])
+        self._at = FixedTensors(slot, position, place, end.view(shape.rows, shape.queries))
+        self._pool = pool
+        self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
+
+    def __call__(self, rows: Rows) -> torch.Tensor:
+        """See `GraphedPasses.find`."""
+        self._plan.copy_(to_device(plan(rows, self._shape), self._plan.device))
+        if self._pool is None:
+            return self._run(self._shape, self._at)
+        graph, hidden = self._recorded = self._recorded or self._record()
+        graph.replay()
+        return hidden
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """With the plan of the present pass: running it more than once changes nothing."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries take their workspaces outside of the recording
+            self._run(self._shape, self._at)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # What other threads of the actor do to the device is none of the recording's business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            hidden = self._run(self._shape, self._at)
+        return graph, hidden
+
+
+def plan(rows: Rows, shape: Shape) -> IntArray:
+    """Slot, position and place of ``shape.tokens`` tokens, then one past the last position of all padded queries."""
+    row, query, position, visible = rows.tokens()
+    place = row * shape.queries + query
+    end = np.ones(shape.rows * shape.queries, dtype=np.int64)
+    end[place] = visible
+    tokens = np.stack([rows.slot[row], position, place])
+    filled = np.repeat(tokens[:, :1], shape.tokens - tokens.shape[1], axis=1)
+    return np.concatenate([np.concatenate([tokens, filled], axis=1).ravel(), end])
