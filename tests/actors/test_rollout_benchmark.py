@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_rollout_compares_the_same_tokens_decoded_in_every_way(tmp_path):
     arguments = "--model embedded --blocks 4 --schedules static --prompts 8 --prompt 12 --new-tokens 40"
-    arguments += f" --plain-prompts 4 --max-batch 8 --repeats 1 --out {tmp_path / 'found.json'}"
+    arguments += f" --plain-prompts 4 --max-batch 8 --repeats 1 --cuda-graphs --out {tmp_path / 'found.json'}"
     rollout.main(arguments.split())
     [row] = json.loads((tmp_path / "found.json").read_text())["results"]
     [engine] = row["engine"]
     assert engine["continuous"]["tokens"] == engine["shrinking"]["tokens"]
+    assert engine["graphs"]["tokens"] == engine["continuous"]["tokens"]
+    assert engine["graphs"]["graphed"] > engine["graphs"]["forwards"] / 2
+    assert engine["graphs_times_faster"] == engine["graphs"]["tokens_per_s"] / engine["continuous"]["tokens_per_s"]
     assert row["plain"]["mean_tokens"] == pytest.approx(engine["continuous"]["mean_tokens"], rel=0.15)
     assert row["plain"]["forwards"] > row["plain"]["tokens"], "a pass for each token, and for each commit"
     assert engine["continuous"]["forwards"] < engine["continuous"]["tokens"] / 4

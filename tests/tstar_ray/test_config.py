@@ -156,6 +156,11 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
         (["learner.loss.correction.level=token", "learner.loss.trace=coupled"], "needs loss.trace=trace"),
         (["learner.value.kind=shared", "learner.loss.trace=random"], "value.kind=shared needs loss.trace=trace"),
         (["learner.offload=optimizer", "learner.zero_stage=0"], "offload=optimizer needs zero_stage 1, 2 or 3"),
+        (["actors.cuda_graphs=true"], "actors.cuda_graphs=true needs a GPU, but actors.gpus=0; set actors.gpus=1"),
+        (
+            ["actors.cuda_graphs=true", "actors.engine=vllm", "actors.gpus=1"],
+            "is a setting of actors.engine=torch, and the engine is vllm",
+        ),
         (["learner.offload=all", "learner.zero_stage=2"], "offload=all needs zero_stage=3, not 2"),
     ],
 )
