@@ -7,13 +7,13 @@ them; a graph launches all of them at once. It demands that shapes and addresses
 
 - **Shapes are rounded up**: rows, queries of a row, tokens and keys. What fills the tokens up is the pass's first token
   again: it writes the same keys and values to the same place, so that nothing is masked and no place is set aside.
-  What fills the rows up are slots that nobody reads.
+  What fills the rows up are queries of slots whose result nobody reads.
 - **What differs from pass to pass** is one tensor of integers: slot and position of each token, and how far each query
   sees. Token ids are read inside the graph.
 - **Weights, cache and slots stay where they are**; new weights are copied into the old. Whoever moves the cache or the
   slots calls `GraphedPasses.clear`.
-- A shape is recorded when it comes for the third time. Passes that read prompts or copy their keys are not:
-  they are few, and of many shapes.
+- A shape is recorded when it comes for the third time. Passes that read prompts or copy their keys are not,
+  since they are of many shapes.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ class _Pass:
         """Records ``run`` on a GPU, into the memory of ``pool`` (torch's handle of it); None on CPU."""
         self._shape, self._run = shape, run
         n, padded = shape.tokens, shape.rows * shape.queries
-        # Every token at position 0 of slot 0 until the first pass: a plan that can be run.
-        self._plan = torch.zeros(3 * n + padded, dtype=torch.long, device=device)
-        self._plan[3 * n :] = 1
+        self._plan = torch.empty(3 * n + padded, dtype=torch.long, device=device)
         slot, position, place, end = self._plan.split([n, n, n, padded])
         self._at = FixedTensors(slot, position, place, end.view(shape.rows, shape.queries))
         self._pool = pool
