@@ -5,7 +5,9 @@
 
 A private cluster lives in a temporary folder of its own, listens on loopback, and uses token authentication
 with a token made for this process, so that neither ``~/.ray`` nor another cluster on the machine matters. Ray replaces
-127.0.0.1 by an address that others can reach, unless its switch for clusters of several nodes is off.
+127.0.0.1 by an address that others can reach, unless its switch for clusters of several nodes is off. Its processes
+form a session of their own, out of reach of signals to the driver's process group, as `timeout` sends them: what the
+driver saves when it is stopped takes a cluster that still works. They end with the driver, however it ends.
 Workers get this process's import path, so that the packages need not be installed, and normal priority.
 """
 
@@ -18,8 +20,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,19 +158,39 @@ def _start(cluster: ClusterConfig, namespace: str, logs: Path | None) -> Session
         folder = PrivateFolder(logs)
         undo.callback(folder.remove)
         try:
-            context = ray.init(
-                address="local",
-                include_dashboard=cluster.dashboard,
-                dashboard_host="127.0.0.1",
-                dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder.path),
-                **_common(namespace),
-            )
+            with _processes_in_own_sessions():
+                context = ray.init(
+                    address="local",
+                    include_dashboard=cluster.dashboard,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=cluster.dashboard_port if cluster.dashboard else None,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder.path),
+                    **_common(namespace),
+                )
         except Exception as error:
             raise ClusterError(f"the private Ray cluster did not start: {_first_line(error)}") from error
         url = f"http://{context.dashboard_url}" if cluster.dashboard and context.dashboard_url else None
         return Session(True, url, ray.cluster_resources(), folder.path, _TOKEN, _undo=undo.pop_all())
+
+
+@contextmanager
+def _processes_in_own_sessions() -> Iterator[None]:
+    """Ray's processes that are started meanwhile lead sessions. Ray calls what is replaced here in each of them before
+    it becomes its program, and has no setting for this."""
+    from ray._private import utils
+
+    die_with_parent = utils.set_kill_on_parent_death_linux
+
+    def lead_session() -> None:
+        os.setsid()
+        die_with_parent()
+
+    utils.set_kill_on_parent_death_linux = lead_session
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = die_with_parent
 
 
 def _set_environment(values: Mapping[str, str | None]) -> None:

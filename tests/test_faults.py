@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,14 +250,36 @@ def test_sigterm_during_the_start_takes_down_what_was_built(tmp_path):
     assert not records(tmp_path / "job"), "nothing was measured"
 
 
-def test_a_second_driver_is_refused_and_sigterm_leaves_no_process_behind(tmp_path):
-    job = start(tmp_path, *SMALL, "curriculum.updates=[50,50]", TSTAR_TEST_MARK=str(tmp_path))
+def test_a_second_driver_is_refused_and_sigterm_to_the_group_leaves_no_process_behind(tmp_path):
+    """Sent as `timeout` does, to the driver and then to its process group; Ray has to go on until it has saved."""
+    job = start(
+        tmp_path, *SMALL, "curriculum.updates=[50,50]", "run.checkpoint_every=100", TSTAR_TEST_MARK=str(tmp_path)
+    )
     read_until(job, lambda line: line.split()[:1] == ["1/100"])
     _, output = run(tmp_path, *SMALL, f"run.resume={tmp_path / 'job'}", expect=2)
     assert f"in use by process {job.pid} on " in output
     assert job.poll() is None
     assert marked(str(tmp_path)), "actors carry the driver's environment"
-    job.terminate()
-    job.communicate(timeout=120)
-    assert job.returncode == 130
+    os.kill(job.pid, signal.SIGTERM)
+    os.killpg(job.pid, signal.SIGTERM)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 130, output
+    assert "stopped after update" in output
+    assert newest_checkpoint(tmp_path / "job" / "checkpoints", refused=pytest.fail).state["update"] >= 1
+    no_process_left(str(tmp_path))
+
+
+def test_sigterm_to_every_process_ends_the_run_at_its_newest_checkpoint(tmp_path):
+    """As systemd sends it to a control group: the learner and Ray are gone before the run can save."""
+    job = start(tmp_path, *SEVEN, TSTAR_TEST_MARK=str(tmp_path))
+    lines = read_until(job, row(3))
+    reached = marked(str(tmp_path))
+    assert len(reached) > 5, "driver, Ray, learner and actors"
+    for pid in reached:
+        os.kill(pid, signal.SIGTERM)
+    output = "".join(lines) + job.communicate(timeout=120)[0]
+    assert job.returncode == 130, output
+    assert re.search("updates after [24] are lost", output), output
+    assert "building the learner anew" not in output
+    assert "continue with run.resume=" in output
     no_process_left(str(tmp_path))

@@ -119,6 +119,8 @@ class Controller:
                     self._resume(self._config.run.resume)
                 return self._go_on()
             except LearnerLostError as error:
+                if self.stop_requested:
+                    return self._stop_short(error)
                 lost = error
 
     def _go_on(self) -> Result:
@@ -374,6 +376,15 @@ class Controller:
         self._before = [Evaluation.from_dict(evaluation) for evaluation in state["before"]]
         self._reporter.rewind(self._update)
         self._reporter.say(f"resumed {checkpoint.folder} after update {self._update}")
+
+    def _stop_short(self, error: LearnerLostError) -> Result:
+        """The learner was lost while the run was to stop, as where the signal reached all processes: what there is to
+        continue from is the newest checkpoint."""
+        if not any(self._folder.glob("checkpoints/u*")):
+            raise error
+        kept = newest_checkpoint(self._folder / "checkpoints", refused=self._reporter.say).state["update"]
+        self._reporter.say(f"{error}; updates after {kept} are lost")
+        return Result(self._before, [], kept, stopped=True, groups=self._window.ledger.totals)
 
     def _recover(self, error: LearnerLostError) -> None:
         """Build the learner anew, and take everything back to the newest checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -98,9 +97,9 @@ class Runner:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a command of ours with the private cluster it started, which lives in its session."""
+    """End a command of ours; the private cluster it started ends with it."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
