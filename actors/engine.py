@@ -97,7 +97,7 @@ class Engine(Protocol):
 
     @property
     def broken(self) -> bool:
-        """Whether a process that it needs is gone, so that it will never decode again."""
+        """Whether it will never decode again: a process that it needs is gone, or its device failed for good."""
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Trajectory]:
         """One trajectory a request, in order. The block size may differ between calls."""

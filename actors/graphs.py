@@ -12,8 +12,8 @@ them; a graph launches all of them at once. It demands that shapes and addresses
   sees. Token ids are read inside the graph.
 - **Weights, cache and slots stay where they are**; new weights are copied into the old. Whoever moves the cache or the
   slots calls `GraphedPasses.clear`.
-- A shape is recorded when it comes for the third time. Passes that read prompts or copy their keys are not,
-  since they are of many shapes.
+- A shape is recorded when it comes for the third time; where memory runs out meanwhile, its passes are run without.
+  Passes that read prompts or copy their keys are not recorded, since they are of many shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class GraphedPasses:
         self._model, self._cache, self._slots, self._groups = model, cache, slots, groups
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
         self._seen: dict[Shape, int] = {}
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._recorder = _Recorder() if model.device.type == "cuda" else None
 
     @property
     def shapes(self) -> list[Shape]:
@@ -87,7 +87,9 @@ class GraphedPasses:
             return None
         if len(self._passes) == RECORDED_AT_MOST:
             self._passes.popitem(last=False)
-        made = _Pass(shape, self._run, self._model.device, self._pool)
+        if self._recorder and not any(made.recorded for made in self._passes.values()):
+            self._recorder.renew()
+        made = _Pass(shape, self._run, self._model.device, self._recorder)
         return self._passes.setdefault(shape, made)
 
     def shape(self, rows: Rows) -> Shape | None:
@@ -113,6 +115,35 @@ class GraphedPasses:
         return self._model.hidden(ids[None], at.position_N[None], layout)[0]
 
 
+class _Recorder:
+    """Records on a stream of its own, into memory that all recordings share."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self.renew()
+
+    def renew(self) -> None:
+        """Take other memory: of that which no recording uses any more, PyTorch gives nothing to new ones."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
+        """A graph of ``run`` and the tensor that it fills; None where memory ran out. ``run`` may be run more than
+        once."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):  # libraries take their workspaces outside of the recording
+                run()
+            # What other threads of the actor do to the device is none of the recording's business.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                filled = run()
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return graph, filled
+
+
 class _Pass:
     """One shape."""
 
@@ -121,38 +152,32 @@ class _Pass:
         shape: Shape,
         run: Callable[[Shape, FixedTensors], torch.Tensor],
         device: torch.device,
-        pool: Any,
+        recorder: _Recorder | None,
     ) -> None:
-        """Records ``run`` on a GPU, into the memory of ``pool`` (torch's handle of it); None on CPU."""
-        self._shape, self._run = shape, run
+        """What ``recorder`` does not record, as there is none on CPU, is run as it is."""
+        self._shape, self._recorder = shape, recorder
         n, padded = shape.tokens, shape.rows * shape.queries
         self._plan = torch.empty(3 * n + padded, dtype=torch.long, device=device)
         slot, position, place, end = self._plan.split([n, n, n, padded])
-        self._at = FixedTensors(slot, position, place, end.view(shape.rows, shape.queries))
-        self._pool = pool
+        self._run = partial(run, shape, FixedTensors(slot, position, place, end.view(shape.rows, shape.queries)))
         self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is replayed."""
+        return self._recorded is not None
 
     def __call__(self, rows: Rows) -> torch.Tensor:
         """See `GraphedPasses.find`."""
         self._plan.copy_(to_device(plan(rows, self._shape), self._plan.device))
-        if self._pool is None:
-            return self._run(self._shape, self._at)
-        graph, hidden = self._recorded = self._recorded or self._record()
+        if self._recorder:
+            # Once: with the plan of this pass, which does no harm to run again.
+            self._recorded, self._recorder = self._recorder.record(self._run), None
+        if self._recorded is None:
+            return self._run()
+        graph, hidden = self._recorded
         graph.replay()
         return hidden
-
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """With the plan of the present pass: running it more than once changes nothing."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries take their workspaces outside of the recording
-            self._run(self._shape, self._at)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # What other threads of the actor do to the device is none of the recording's business.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self._run(self._shape, self._at)
-        return graph, hidden
 
 
 def plan(rows: Rows, shape: Shape) -> IntArray:

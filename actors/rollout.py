@@ -4,6 +4,8 @@
     learner ───► object store ──load_weights(published)──► Proof(version, checksum)  also while it decodes
     supervisor ──progress()──► passes so far                                         always answered
 
+Engines and models are imported where an actor makes its own: a driver that only names this class needs neither.
+
 An actor whose engine is broken for good ends its process: its work is then reissued, and another takes its place; one
 that lived on would fail all it is given. `RolloutWorker` is a plain class; `remote_class` puts Ray around it, with a
 thread for weights and one for probes beside those that decode. It refuses work for weights newer than those it proved
@@ -15,21 +17,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from actors.engine import Engine, EngineStats
-from actors.torch_engine import TorchEngine
-from actors.vllm_engine import VllmEngine
-from actors.vllm_serving import Serving, check_servable
 from tstar_ray.config import ActorsConfig, ModelConfig
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import Blueprint, inspect_checkpoint, load_checkpoint, pick_device, read_blueprint
 from tstar_ray.place import Place, here
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from actors.vllm_serving import Serving
+    from tstar_ray.model_files import Blueprint
 
 
 class WeightSource(Protocol):
@@ -41,11 +44,18 @@ class WeightSource(Protocol):
 
 def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTrainedTokenizerBase]:
     """The engine that ``actors.engine`` names, and the checkpoint's tokenizer. Raises ValueError with the remedy."""
+    from tstar_ray.model import load_checkpoint, pick_device
+    from tstar_ray.model_files import inspect_checkpoint
+
     device, dtype = pick_device(gpus=actors.gpus, dtype=model.dtype)
     if actors.engine == "vllm":
+        from actors.vllm_engine import VllmEngine
+
         blueprint, serving = plan_serving(model, actors)
         tokenizer, _ = inspect_checkpoint(model.path, mask_token_id=model.mask_token_id)
         return VllmEngine(blueprint, serving), tokenizer
+    from actors.torch_engine import TorchEngine
+
     checkpoint = load_checkpoint(model.path, mask_token_id=model.mask_token_id, dtype=dtype, device=device)
     engine = TorchEngine(
         checkpoint.model,
@@ -60,11 +70,16 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
 def check_engine(model: ModelConfig, actors: ActorsConfig) -> None:
     """Raises ValueError with the remedy where the engine that ``actors.engine`` names cannot serve the model."""
     if actors.engine == "vllm":
+        from actors.vllm_serving import check_servable
+
         check_servable(*plan_serving(model, actors))
 
 
 def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:
     """What vLLM is to serve, and how; ``actors.vllm`` has its block size and length filled in."""
+    from actors.vllm_serving import Serving
+    from tstar_ray.model import read_blueprint
+
     gpu, vllm = actors.gpus > 0, actors.vllm
     dtype = model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"
     return read_blueprint(model.path, mask_token_id=model.mask_token_id), Serving(

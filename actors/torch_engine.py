@@ -105,6 +105,7 @@ class TorchEngine(Rounds):
         """Stop ids of each rule, on the device."""
         self._full = False
         """Nothing that waits can be admitted before a slot is free."""
+        self._broken = False
 
     @property
     def proof(self) -> Proof:
@@ -115,6 +116,11 @@ class TorchEngine(Rounds):
     def stats(self) -> EngineStats:
         """Totals so far."""
         return dataclasses.replace(self._stats)
+
+    @property
+    def broken(self) -> bool:
+        """See `actors.engine.Engine.broken`: after most errors of CUDA nothing works in its process any more."""
+        return self._broken
 
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
         """See `actors.engine.Engine.load_weights`."""
@@ -174,9 +180,16 @@ class TorchEngine(Rounds):
         self._waiting = deque(item for item in self._waiting if item.ticket not in tickets)
         self._retire(np.isin(self._slots.column("ticket"), list(tickets)))
 
-    @torch.inference_mode()
     def _round(self) -> None:
         """One pass for everything that is active."""
+        try:
+            self._advance()
+        except torch.AcceleratorError:
+            self._broken = True
+            raise
+
+    @torch.inference_mode()
+    def _advance(self) -> None:
         if self._proof is UNPROVEN:
             raise RuntimeError("nothing is decoded with half an update of the weights, which failed; load them again")
         start = time.perf_counter()

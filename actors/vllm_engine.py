@@ -40,7 +40,7 @@ from actors.vllm_plugin.wire import Job
 from actors.vllm_serving import Serving, check_servable, start
 from tstar_ray.blocks import decode_limit
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import Blueprint
+from tstar_ray.model_files import Blueprint
 from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from actors.vllm_plugin import ARCHITECTURE, MODEL_TYPES, VERSION
-from tstar_ray.model import Blueprint
+from tstar_ray.model_files import Blueprint
 
 CacheUpdate = Literal["recompute", "keep"]
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

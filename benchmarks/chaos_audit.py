@@ -16,7 +16,7 @@ import yaml
 from tstar_ray.checkpoint import newest_checkpoint
 from tstar_ray.config import Config
 from tstar_ray.data import ProblemStream, load_problem_sets
-from tstar_ray.model import inspect_checkpoint
+from tstar_ray.model_files import inspect_checkpoint
 from tstar_ray.traces import read_traces
 
 

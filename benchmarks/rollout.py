@@ -38,7 +38,8 @@ from actors.torch_engine import TorchEngine
 from benchmarks import plain_decoder
 from benchmarks.shapes import PUBLISHED_TPF, add_model_arguments, device_name, make_model, make_requests, tuned_decoding
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import BlockDiffusionLM, Blueprint
+from tstar_ray.model import BlockDiffusionLM
+from tstar_ray.model_files import Blueprint
 from tstar_ray.trajectory import Request
 
 
@@ -125,7 +126,8 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
             row["shrinking"] = median(functools.partial(engine, at_once=size))
             others = {"plain": found["plain"], "static": row["static"], "shrinking": row["shrinking"]}
         if model.device.type == "cuda":
-            row["roofline"] = roofline(model, requests, row["continuous"], arguments)
+            for run in [row["continuous"], *([row["graphs"]] if arguments.cuda_graphs else [])]:
+                run["roofline"] = roofline(model, requests, run, arguments)
         if arguments.engine == "vllm":
             with served_by_vllm(model, block, size, arguments) as vllm:
                 warm = replace(decoding, max_new_tokens=2 * block)

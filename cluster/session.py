@@ -8,7 +8,8 @@ with a token made for this process, so that neither ``~/.ray`` nor another clust
 127.0.0.1 by an address that others can reach, unless its switch for clusters of several nodes is off. Its processes
 form a session of their own, out of reach of signals to the driver's process group, as `timeout` sends them: what the
 driver saves when it is stopped takes a cluster that still works. They end with the driver, however it ends.
-Workers get this process's import path, so that the packages need not be installed, and normal priority.
+Workers get this process's import path, so that the packages need not be installed, and normal priority: in the
+environment of the whole cluster, since workers with a runtime environment of their own cannot be started ahead.
 """
 
 from __future__ import annotations
@@ -87,7 +88,6 @@ def connect(cluster: ClusterConfig, *, namespace: str, logs: Path | None = None)
 def _common(namespace: str) -> dict[str, Any]:
     return {
         "namespace": namespace,
-        "runtime_env": {"env_vars": {"PYTHONPATH": _import_path()}},
         "logging_level": logging.ERROR,
         "log_to_driver": True,
     }
@@ -109,7 +109,9 @@ def _join(address: str, namespace: str) -> Session:
     if address not in ("auto", "local"):
         _check_reachable(address)
     try:
-        context = ray.init(address=address, **_common(namespace))
+        context = ray.init(
+            address=address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, **_common(namespace)
+        )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster could be joined at {address!r}: {_first_line(error)}. Start one with "
@@ -141,6 +143,7 @@ def _start(cluster: ClusterConfig, namespace: str, logs: Path | None) -> Session
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _TOKEN,
         "RAY_worker_niceness": "0",
+        "PYTHONPATH": _import_path(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by processes of Ray; the constant below by this one

@@ -15,7 +15,8 @@ from synthetic import make_checkpoint_folder
 
 from tstar_ray.adapt_data import load_example_sets
 from tstar_ray.config_adapt import AdaptConfig, AdaptDataConfig
-from tstar_ray.model import inspect_checkpoint, load_checkpoint
+from tstar_ray.model import load_checkpoint
+from tstar_ray.model_files import inspect_checkpoint
 
 QUESTIONS = [{"question": f"What is {a} + {b}?", "answer": f"It is {a + b}."} for a in range(12) for b in range(6)]
 

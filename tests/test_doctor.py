@@ -56,7 +56,7 @@ def test_what_is_missing_is_named_and_the_exit_code_is_1(capsys, tmp_path, setti
 
 
 def test_a_model_without_weights_or_mask_token_is_not_enough(capsys, tmp_path):
-    from tstar_ray.model import EMBEDDED_FOLDER
+    from tstar_ray.model_files import EMBEDDED_FOLDER
 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((EMBEDDED_FOLDER / name).read_bytes())

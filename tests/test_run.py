@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tstar_ray.blocks import build_slices
 from tstar_ray.checkpoint import newest_checkpoint
-from tstar_ray.model import inspect_checkpoint, load_checkpoint
+from tstar_ray.model import load_checkpoint
+from tstar_ray.model_files import inspect_checkpoint
 from tstar_ray.traces import read_traces
 
 pytestmark = pytest.mark.cluster
@@ -291,7 +292,7 @@ def test_a_failing_start_is_a_clear_message_in_seconds(tmp_path, settings, messa
 def test_a_damaged_weight_file_is_named(tmp_path):
     import shutil
 
-    from tstar_ray.model import EMBEDDED_FOLDER
+    from tstar_ray.model_files import EMBEDDED_FOLDER
 
     model = tmp_path / "model"
     shutil.copytree(EMBEDDED_FOLDER, model)

@@ -86,7 +86,7 @@ def _run(config: AdaptConfig, folder: Path, reporter: Any) -> bool:
     from cluster.weights import ObjectStoreTransport
     from learner.adapter import AdapterGroup, adapter_rank
     from tstar_ray.adapt_data import load_example_sets
-    from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.model_files import inspect_checkpoint
     from tstar_ray.signals import StopSignals
 
     model, train = config.model, config.train

@@ -133,7 +133,7 @@ def find_model(config: Config) -> tuple[ModelShape | None, list[Finding]]:
         shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
         return None, [Finding("missing", what, f"config.json cannot be used: {error}")]
-    from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.model_files import inspect_checkpoint
 
     try:
         inspect_checkpoint(path, mask_token_id=config.model.mask_token_id)

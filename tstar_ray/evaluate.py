@@ -132,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> list[CellResult]:
     from cluster.weights import ObjectStoreTransport
     from tstar_ray.eval_view import EvaluationView
     from tstar_ray.grid import Store, cell_key, grid_cells, load_data_set, run_cells, write_results
-    from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.model_files import inspect_checkpoint
     from tstar_ray.run import actor_makers, start_rollouts
     from tstar_ray.weights import checksum
 

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints as block-diffusion models, without remote code.
 
 A block-diffusion model is an ordinary decoder whose attention is told, for every token, what it may see. The
-transformers model keeps its weights, projections, rotary embedding and MLP; only its attention function is
+transformers model keeps its weights, projections, rotary embedding and MLP; its attention function is
 replaced by `block_attention`, which hands query, key and value to the `Layout` of the call: packed training
 rows (`TrainLayout`, here) or an engine's cache. There is no implicit mask: a call without a layout fails, so
 neither a causal mask nor eager attention with a boolean mask (silently wrong) can slip in.
@@ -15,7 +15,6 @@ Qwen3 under another name. Saved checkpoints open with plain transformers.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,24 +24,25 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tstar_ray.embedded import EMBEDDED
 from tstar_ray.head import TargetHead
 from tstar_ray.last_layer import LastLayer
 from tstar_ray.mask_token import add_mask_embedding, add_mask_token
+from tstar_ray.model_files import (
+    ARCHITECTURES,
+    MASK_TOKENS,
+    Blueprint,
+    find_mask_id,
+    read_config,
+    read_tokenizer,
+    resolve,
+    stop_ids,
+)
+from tstar_ray.norm import fuse_norms
 
-ARCHITECTURES = {
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "sdar": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-}
-EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-"""The tiny model shipped with the package; `load_checkpoint("embedded")` opens it."""
-_REMOTE_CODE_KEYS = ("auto_map", "architectures", "attn_implementation", "_attn_implementation", "model_type")
 _LOGITS_IN_CHUNK = {False: 2**21, True: 2**25}
 """On CPU and on CUDA: logits held at a time, a few copies of which are alive in the backward pass."""
-_MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>")
 
 
 class Layout(Protocol):
@@ -71,6 +71,9 @@ def block_attention(
 
 transformers.AttentionInterface.register("block_diffusion", block_attention)
 transformers.utils.logging.disable_progress_bar()
+# Where PyTorch prefers cuDNN's attention (H100, H200) it would make a plan, tens of milliseconds, for every new shape;
+# an engine's passes are of many.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class TrainLayout:
@@ -121,6 +124,7 @@ class BlockDiffusionLM(nn.Module):
         if not 0 <= mask_id < vocabulary:
             raise ValueError(f"mask token id {mask_id} lies outside the model's vocabulary of {vocabulary}")
         hf.config._attn_implementation = "block_diffusion"
+        fuse_norms(hf)
         hf.lm_head = TargetHead.of(hf.lm_head)
         hf.model.layers[-1] = LastLayer.of(hf.model.layers[-1])
         self.hf = hf
@@ -228,15 +232,15 @@ def load_checkpoint(
 
     ``new_mask_token``: make one of this name where the checkpoint has no mask token (`tstar_ray.mask_token`).
     """
-    path = _resolve(path)
-    config_dict, model_class, config = _read_config(path)
-    tokenizer = _read_tokenizer(path)
+    path = resolve(path)
+    config_dict, config = read_config(path)
+    tokenizer = read_tokenizer(path)
     known = len(tokenizer)
     if new_mask_token and mask_token_id is None and config_dict.get("mask_token_id") is None:
-        add_mask_token(tokenizer, new_mask_token, also=_MASK_TOKENS)
-    mask_id = _find_mask_id(path, mask_token_id, config_dict, tokenizer)
+        add_mask_token(tokenizer, new_mask_token, also=MASK_TOKENS)
+    mask_id = find_mask_id(path, mask_token_id, config_dict, tokenizer)
     try:
-        hf, info = model_class.from_pretrained(
+        hf, info = _model_class(config_dict).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -255,124 +259,25 @@ def load_checkpoint(
     if mask_id >= known and len(tokenizer) > known:
         add_mask_embedding(hf, mask_id, known)
     model = BlockDiffusionLM(hf, mask_id=mask_id, token_limit=len(tokenizer)).to(device).eval()
-    return Checkpoint(model=model, tokenizer=tokenizer, stop_ids=_stop_ids(path, config_dict, tokenizer))
+    return Checkpoint(model=model, tokenizer=tokenizer, stop_ids=stop_ids(path, config_dict, tokenizer))
 
 
-def inspect_checkpoint(
-    path: str | Path, *, mask_token_id: int | None = None, new_mask_token: str | None = None
-) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """Tokenizer and stop ids without the weights: what a driver needs, and an early look at what may be wrong."""
-    path = _resolve(path)
-    config_dict, _, _ = _read_config(path)
-    tokenizer = _read_tokenizer(path)
-    if new_mask_token and mask_token_id is None and config_dict.get("mask_token_id") is None:
-        add_mask_token(tokenizer, new_mask_token, also=_MASK_TOKENS)
-    _find_mask_id(path, mask_token_id, config_dict, tokenizer)
-    return tokenizer, _stop_ids(path, config_dict, tokenizer)
-
-
-def _brief(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Blueprint:
-    """A checkpoint without its weights: what an engine must know that loads them by itself."""
-
-    path: str
-    """Folder or hub name."""
-    model_type: str
-    """As its config says."""
-    mask_id: int
-    """Mask token."""
-    token_limit: int
-    """Ids from here on do not exist in the tokenizer and are never predicted."""
-    max_positions: int
-    """Longest sequence the model was made for."""
-    layout: tuple[tuple[str, tuple[int, ...]], ...]
-    """Name and shape of each parameter, in the order of the flat buffer (`tstar_ray.weights`)."""
+def _model_class(config: dict[str, Any]) -> Any:
+    return getattr(transformers, f"{ARCHITECTURES[config['model_type']]}ForCausalLM")
 
 
 def read_blueprint(path: str | Path, *, mask_token_id: int | None = None) -> Blueprint:
     """Raises ValueError as `load_checkpoint` does."""
-    path = _resolve(path)
-    config_dict, model_class, config = _read_config(path)
-    tokenizer = _read_tokenizer(path)
+    path = resolve(path)
+    config_dict, config = read_config(path)
+    tokenizer = read_tokenizer(path)
     with torch.device("meta"):
-        module = model_class(config)
+        module = _model_class(config_dict)(config)
     return Blueprint(
         path=path,
         model_type=config_dict["model_type"],
-        mask_id=_find_mask_id(path, mask_token_id, config_dict, tokenizer),
+        mask_id=find_mask_id(path, mask_token_id, config_dict, tokenizer),
         token_limit=len(tokenizer),
         max_positions=config.max_position_embeddings,
         layout=tuple((name, tuple(p.shape)) for name, p in module.named_parameters()),
     )
-
-
-def _resolve(path: str | Path) -> str:
-    return str(EMBEDDED_FOLDER if path == EMBEDDED else path)
-
-
-def _read_config(path: str) -> tuple[dict[str, Any], Any, Any]:
-    if "/" not in path and not os.path.exists(path):
-        # Asking the hub would take half a minute where there is no network.
-        raise ValueError(f"model.path={path}: no such folder, and no hub name (OWNER/NAME); or use {EMBEDDED}")
-    try:
-        config_dict, _ = transformers.PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        if os.path.isabs(path) or os.path.exists(path):
-            raise ValueError(f"model.path={path}: no readable config.json there: {_brief(error)}") from error
-        raise ValueError(
-            f"model.path={path}: no such folder, and not readable as a hub model: {_brief(error)}"
-        ) from error
-    model_type = config_dict.get("model_type")
-    if model_type is None:
-        raise ValueError(f"model.path={path}: no readable config.json there, or one that names no model_type")
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"model {path}: model_type {model_type!r} is not served; known are {', '.join(ARCHITECTURES)}")
-    if config_dict.get("use_sliding_window"):
-        raise ValueError(f"model {path}: sliding-window attention cannot be combined with a block mask")
-    config_class, model_class = ARCHITECTURES[model_type]
-    config = config_class(**{k: v for k, v in config_dict.items() if k not in _REMOTE_CODE_KEYS})
-    return config_dict, model_class, config
-
-
-def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {path}: its tokenizer cannot be read: {error}") from error
-
-
-def _find_mask_id(path: str, given: int | None, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
-    if given is not None:
-        size = config.get("vocab_size")
-        if size is not None and given >= size:
-            raise ValueError(f"model.mask_token_id={given}: the vocabulary of {path} ends at {size - 1}")
-        return given
-    if config.get("mask_token_id") is not None:
-        return int(config["mask_token_id"])
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    vocabulary = tokenizer.get_vocab()
-    for token in _MASK_TOKENS:
-        if token in vocabulary:
-            return vocabulary[token]
-    raise ValueError(
-        f"model {path}: no mask token in its config or tokenizer; set model.mask_token_id, or adapt an "
-        "autoregressive checkpoint to block diffusion first"
-    )
-
-
-def _stop_ids(path: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    try:
-        generation = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        generation = None
-    found: set[int] = set()
-    for ids in (generation, config.get("eos_token_id"), tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    if not found:
-        raise ValueError(f"model {path}: no end-of-text token in tokenizer, config or generation config")
-    return tuple(sorted(found))

@@ -163,7 +163,7 @@ def _run(config: Config, folder: Path, reporter: Any) -> Any:
     from cluster.session import connect
     from tstar_ray.controller import Controller
     from tstar_ray.data import load_problem_sets
-    from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.model_files import inspect_checkpoint
     from tstar_ray.samples import decoder
 
     try:

@@ -138,7 +138,8 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     # Rounding may carry the rest past the piece's own sum.
     below = torch.nextafter(inside[:, -1], torch.zeros_like(total))
     index = torch.searchsorted(inside, torch.minimum(rest, below).clamp_(min=0)[:, None], right=True)
-    return (piece * width + index).squeeze(-1), total
+    # Weights that are not numbers lead nowhere; an id of the vocabulary is due all the same.
+    return (piece * width + index).squeeze(-1).clamp_(max=size - 1), total
 
 
 def truncate(log_density: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:

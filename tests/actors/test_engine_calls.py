@@ -5,8 +5,10 @@ Every trajectory is compared with the plain reference decoder.
 
 import threading
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from engines import DYNAMIC, NO_STOP, assert_equal, assert_weights_get_in_between_the_steps
 from synthetic import make_model, make_requests
 
@@ -155,3 +157,16 @@ def test_a_stream_that_nobody_begins_to_read_leaves_nothing_behind(model, give_u
     engine = TorchEngine(model)
     give_up(engine.stream(make_requests([9, 10]), NO_STOP))
     engine.sleep()
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("an illegal memory access"), torch.OutOfMemoryError("full")])
+def test_an_engine_is_broken_after_an_error_of_its_device_and_not_for_want_of_memory(model, twin, monkeypatch, error):
+    engine, requests = TorchEngine(model), make_requests([5, 9])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_denoise", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            engine.generate(requests, NO_STOP)
+    assert engine.broken == isinstance(error, torch.AcceleratorError)
+    if not engine.broken:
+        for trajectory in engine.generate(requests, NO_STOP):
+            assert_equal(trajectory, requests[trajectory.group_id], twin, model, NO_STOP)

@@ -24,7 +24,8 @@ from tstar_ray.collector import Collector
 from tstar_ray.config import ActorsConfig, ClusterConfig, ModelConfig
 from tstar_ray.data import PromptedProblem
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import inspect_checkpoint, load_checkpoint
+from tstar_ray.model import load_checkpoint
+from tstar_ray.model_files import inspect_checkpoint
 from tstar_ray.problems import Problem
 from tstar_ray.weights import Proof, checksum, flatten
 

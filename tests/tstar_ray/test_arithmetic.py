@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tstar_ray.arithmetic import problems, split_of
 from tstar_ray.embedded.make import make_tokenizer
-from tstar_ray.model import EMBEDDED_FOLDER
+from tstar_ray.model_files import EMBEDDED_FOLDER
 
 SOME = problems("train", 3000)
 

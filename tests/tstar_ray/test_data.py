@@ -9,7 +9,7 @@ import pytest
 
 from tstar_ray.config import ConfigError, DataConfig
 from tstar_ray.data import ProblemStream, PromptedProblem, encode_prompt, load_problem_sets, load_problems
-from tstar_ray.model import inspect_checkpoint
+from tstar_ray.model_files import inspect_checkpoint
 from tstar_ray.problems import Problem
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -36,7 +36,8 @@ def test_parameters_are_those_of_the_real_model(config):
 def test_the_embedded_model_has_the_parameters_it_has():
     import json
 
-    from tstar_ray.model import EMBEDDED_FOLDER, load_checkpoint
+    from tstar_ray.model import load_checkpoint
+    from tstar_ray.model_files import EMBEDDED_FOLDER
 
     shape = ModelShape.from_config(json.loads((EMBEDDED_FOLDER / "config.json").read_text()))
     assert shape.parameters == sum(p.numel() for p in load_checkpoint("embedded").model.parameters())

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tstar_ray.blocks import train_visibility
 from tstar_ray.head import TargetScores
-from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, TrainLayout, load_checkpoint
+from tstar_ray.model import BlockDiffusionLM, TrainLayout, load_checkpoint
+from tstar_ray.model_files import EMBEDDED_FOLDER
 from tstar_ray.weights import checksum, flatten, load_flat
 
 

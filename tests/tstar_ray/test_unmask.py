@@ -165,6 +165,17 @@ def test_inversion_equals_a_plain_loop_and_never_takes_what_has_no_weight(size):
         assert found in expected
 
 
+@pytest.mark.parametrize("size", [7, 128, 1000])
+def test_weights_that_are_not_numbers_lead_to_an_id_of_the_vocabulary(size):
+    """A damaged model must not read outside of its logits, which on a GPU ends the process."""
+    weights = torch.ones(3, size)
+    weights[1] = torch.nan
+    weights[2] = 0
+    token, total = invert(weights, torch.tensor([0.5, 0.5, 0.999999]))
+    assert ((token >= 0) & (token < size)).all()
+    assert total[1].isnan()
+
+
 def test_trap_22_temperature_changes_the_log_prob_and_not_the_raw_confidence():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     cold = draw(logits.clone(), torch.tensor([0.0]), decoding(temperature=0.25))

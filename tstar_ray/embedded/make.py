@@ -33,7 +33,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from tstar_ray import arithmetic
 from tstar_ray.blocks import ceil_to_block
 from tstar_ray.decoding import Decoding
-from tstar_ray.model import EMBEDDED_FOLDER, BlockDiffusionLM, Checkpoint, TrainLayout, load_checkpoint
+from tstar_ray.model import BlockDiffusionLM, Checkpoint, TrainLayout, load_checkpoint
+from tstar_ray.model_files import EMBEDDED_FOLDER
 from tstar_ray.problems import Problem
 
 EOS, MASK, UNKNOWN = "<|endoftext|>", "<|MASK|>", "<|unknown|>"

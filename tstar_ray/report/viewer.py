@@ -25,7 +25,7 @@ UPDATES, PROBLEMS, TOKENS = 14, 6, 120_000
 
 def load_decoder(model: ModelConfig) -> tuple[Decode, str]:
     """How ids become text, and a note where they cannot."""
-    from tstar_ray.model import inspect_checkpoint
+    from tstar_ray.model_files import inspect_checkpoint
 
     try:
         tokenizer, _ = inspect_checkpoint(model.path, mask_token_id=model.mask_token_id)

@@ -10,7 +10,7 @@ import pytest
 from report_runs import NASTY, evaluation, make_run
 
 from tstar_ray.config import ConfigError, ModelConfig
-from tstar_ray.model import EMBEDDED_FOLDER, inspect_checkpoint
+from tstar_ray.model_files import EMBEDDED_FOLDER, inspect_checkpoint
 from tstar_ray.report import figures, write_experiment_report, write_run_report
 from tstar_ray.report.__main__ import main
 from tstar_ray.report.experiment import arm_rows, arm_settings, arm_stability, first_schedules
