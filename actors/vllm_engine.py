@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -70,6 +70,8 @@ class VllmEngine(Rounds):
         self._work: dict[int, _Work] = {}
         self._core = start(blueprint, serving)
         self._threads = torch.get_num_threads()
+        self._stream = torch.cuda.current_stream() if serving.device == "cuda" else None
+        self._failed = False
         self._scheduler = self._core.engine_core.scheduler
         self._layout = [(name, shape) for name, shape in blueprint.layout]
         self._proof = self._prove(version)
@@ -93,10 +95,15 @@ class VllmEngine(Rounds):
 
     @property
     def broken(self) -> bool:
-        """See `actors.engine.Engine.broken`: vLLM does not replace a worker that died."""
+        """See `actors.engine.Engine.broken`: vLLM does not replace a worker that died, nor agree again with several
+        of which one failed alone."""
         executor = self._core.engine_core.model_executor
         workers = getattr(executor, "workers", ())
-        return getattr(executor, "is_failed", False) or any(not worker.proc.is_alive() for worker in workers)
+        return (
+            self._failed
+            or getattr(executor, "is_failed", False)
+            or any(not worker.proc.is_alive() for worker in workers)
+        )
 
     def load_weights(self, flat: torch.Tensor, version: int) -> Proof:
         """See `actors.engine.Engine.load_weights`."""
@@ -167,7 +174,8 @@ class VllmEngine(Rounds):
         if self._serving.tensor_parallel == 1:
             yield flat
             return
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        shared = Path("/dev/shm")  # containers often have little of it
+        folder = shared if shared.is_dir() and shutil.disk_usage(shared).free > flat.nbytes else None
         with tempfile.NamedTemporaryFile(prefix="tstar-weights-", dir=folder) as file:
             Path(file.name).write_bytes(flat.contiguous().view(torch.uint8).numpy().data)
             yield file.name
@@ -231,11 +239,23 @@ class VllmEngine(Rounds):
             )
         return limit
 
+    def _settle(self) -> None:
+        """Callers take turns, and vLLM has to find the same settings of the thread in all of them: CPU kernels the
+        number of threads, the GPU the stream, on which steps and weights wait for one another."""
+        torch._C.set_num_threads(self._threads)  # vLLM puts a function that does nothing in the place of torch's own
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+        super()._settle()
+
     def _round(self) -> None:
         """One step of vLLM."""
-        # A setting of the calling thread, and callers take turns: vLLM's CPU kernels need it to be the same in all.
-        # vLLM puts a function that does nothing in the place of torch's own.
-        torch._C.set_num_threads(self._threads)
+        try:
+            self._step()
+        except Exception as error:
+            self._failed |= self._serving.tensor_parallel > 1 or isinstance(error, torch.AcceleratorError)
+            raise
+
+    def _step(self) -> None:
         began = time.perf_counter()
         outputs = self._core.get_output().outputs
         decoded = time.perf_counter()

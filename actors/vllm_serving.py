@@ -17,6 +17,8 @@ from actors.vllm_plugin import ARCHITECTURE, MODEL_TYPES, VERSION
 from tstar_ray.model_files import Blueprint
 
 CacheUpdate = Literal["recompute", "keep"]
+_GRAPHS = 64
+"""Shapes recorded at most."""
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -51,8 +53,9 @@ class Serving:
 
     @property
     def page(self) -> int:
-        """Positions in a page of the cache; a multiple of 32, at least a block."""
-        return max(128 if self.device == "cpu" else 32, -(-self.max_block // 32) * 32)
+        """Positions in a page of the cache: at least a block, and a multiple of the 128 keys that the attention
+        kernels of CPUs and of Hopper read at a time."""
+        return -(-self.max_block // 128) * 128
 
     @property
     def positions(self) -> int:
@@ -131,6 +134,7 @@ def start(blueprint: Blueprint, serving: Serving) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # cores are shared with other actors
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or every actor compiles its kernels anew
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core_client import InprocClient
     from vllm.v1.executor import Executor
@@ -139,6 +143,7 @@ def start(blueprint: Blueprint, serving: Serving) -> Any:
 
     register()
     config = EngineArgs(**engine_arguments(blueprint, serving)).create_engine_config()
+    config.scheduler_config.async_scheduling = serving.async_scheduling  # vLLM switches it off on CPU, where it works
     return InprocClient(config, Executor.get_class(config), log_stats=False)
 
 
@@ -157,15 +162,23 @@ def _cache_bytes(blueprint: Blueprint, serving: Serving) -> int:
     return min(int(serving.cache_gb * 2**30), 2 * serving.max_batch * pages * _page_bytes(blueprint, serving))
 
 
+def _graphs(serving: Serving) -> list[int]:
+    """Tokens of the passes that are recorded: up to those of all canvases, where vLLM itself would end at 512."""
+    step = -(-serving.max_batch // _GRAPHS) * serving.max_block
+    return list(range(step, serving.max_batch * serving.max_block + step, step))
+
+
 def engine_arguments(blueprint: Blueprint, serving: Serving) -> dict[str, Any]:
     """vLLM's ``EngineArgs``."""
     cpu = serving.device == "cpu"
     memory: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(blueprint, serving)}
     if serving.memory_share is not None:
         memory = {"gpu_memory_utilization": serving.memory_share}
+    elif not cpu:
+        memory["gpu_memory_utilization"] = 0.01  # vLLM demands that much of the GPU to be free, and no more of it
     if not cpu:
         # Graphs of whole passes exist for canvases of the served width only, and not for prompts.
-        memory["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+        memory["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": _graphs(serving)}
     if serving.weight_transfer:
         memory["weight_transfer_config"] = {"backend": "gloo" if cpu else "nccl"}
     scheduler = "AsyncBlockScheduler" if serving.async_scheduling else "BlockScheduler"

@@ -59,6 +59,7 @@ class Backend:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=config.offload != "none",  # in host memory: several times faster there, and without copies
         )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its memory
             self.engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -69,6 +70,8 @@ class Backend:
             )
         self.engine.train()
         self._gathered = deepspeed.zero.GatheredParameters
+        if not self._stage:
+            self.reset_optimizer()  # in bf16 DeepSpeed has taken a step with gradients of zero
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)

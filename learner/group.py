@@ -11,6 +11,7 @@ that others' work can go on meanwhile.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +82,8 @@ class LearnerRank:
 
     def setup(self, world: int, host: str, port: int) -> Place:
         """Load the model, join the process group and start DeepSpeed; returns where it runs."""
+        if self._learner.gpus:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in size
         import torch
 
         from learner.backend import join_process_group
@@ -145,7 +148,7 @@ class LearnerGroup:
         """``options`` are Ray's for one rank; ``rank_class`` has the methods of `LearnerRank`."""
         import ray
 
-        from cluster.placement import amounts
+        from cluster.placement import Together, amounts
 
         self._timeout_s, self._silent_s = learner.timeout_s, learner.silent_s
         self._count = learner.ranks
@@ -154,11 +157,11 @@ class LearnerGroup:
         actor: Any = ray.remote(**health)(rank_class)
 
         def make(rank: int, name: str) -> Any:
-            return actor.options(name=name, **options).remote(
+            return actor.options(name=name, **self._room.options(rank)).remote(
                 rank, model, learner, threads=threads, seed=seed, weights=weights
             )
 
-        self._make = make
+        self._make, self._reserve = make, lambda: Together(self._count, options)
         self._asked = amounts({"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)})
         self.wait: Callable[..., tuple[list[Any], list[Any]]] = ray.wait
         """(refs, timeout=seconds) -> (done, pending)."""
@@ -176,6 +179,7 @@ class LearnerGroup:
         self._signs: dict[int, tuple[Any, float]] = {}
         self._looked, self._doing = time.monotonic(), _OTHERS
         self.places = {}
+        self._room = self._reserve()
         self.ranks = [self._make(rank, f"learner-{rank}{suffix}") for rank in range(self._count)]
 
     def start(self, timeout_s: float, *, room_s: float = 0.0) -> dict[str, Any]:
@@ -315,4 +319,5 @@ class LearnerGroup:
 
         for rank in self.ranks:
             ray.kill(rank)
+        self._room.free()
         self.ranks = []

@@ -144,4 +144,6 @@ class FlexLayout:
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function)
+    # For all widths at once. Past its limit of variants PyTorch would go on unfused, with dense scores, unless it may
+    # not leave the graph.
+    return torch.compile(function, dynamic=True, fullgraph=True)

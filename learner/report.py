@@ -106,10 +106,16 @@ class Sums:
 
     def reduce(self, device: torch.device) -> None:
         """Over all ranks; collective."""
-        for values, operation in ((self.sums, dist.ReduceOp.SUM), (self.maxima, dist.ReduceOp.MAX)):
-            packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-            dist.all_reduce(packed, op=operation)
-            values.update(zip(values, packed.tolist()))
+        sums, highest = (
+            torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+            for values in (self.sums, self.maxima)
+        )
+        dist.all_reduce(sums)
+        self.sums.update(zip(self.sums, sums.tolist()))
+        # NaN travels by itself: the maximum of two ranks may lose it.
+        both = torch.stack([highest.nan_to_num(nan=0.0, posinf=torch.inf), highest.isnan().double()])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        self.maxima.update(zip(self.maxima, both[0].masked_fill(both[1] > 0, torch.nan).tolist()))
 
     def report(
         self,

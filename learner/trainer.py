@@ -346,7 +346,11 @@ class Trainer:
             if self._value is not None:
                 self._value.reset_optimizer()
         if self._reference is not None and self._config.loss.kl_reference == "stage":
-            load_flat(self._reference, self.flat_weights().to(self._model.device))
+            with torch.no_grad():
+                for kept, now in zip(
+                    self._reference.parameters(), self._policy.whole(self._model.parameters()), strict=True
+                ):
+                    kept.copy_(now)
 
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3, where a rank that
@@ -381,7 +385,7 @@ class Trainer:
         if self._value is not None:
             self._value.load(folder / "value")
         if self._reference is not None and reference.is_file():
-            load_flat(self._reference, load_file(reference)["flat"].to(self._model.device))
+            load_flat(self._reference, load_file(reference)["flat"])
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint (rank 0 writes; collective under ZeRO-3)."""

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tstar_ray.config import ClusterConfig, FolderConfig, ModelConfig
 from tstar_ray.config_base import Section
-from tstar_ray.config_learner import LearnerConfig
+from tstar_ray.config_learner import LearnerConfig, refuse_shared_gpus
 from tstar_ray.settings import to_yaml
 
 MASK_TOKEN = "<|MASK|>"
@@ -190,6 +190,7 @@ class AdaptConfig(Section):
         largest = max(self.blocks)
         if largest > self.data.max_tokens:
             raise ValueError(f"a block of {largest} tokens exceeds data.max_tokens={self.data.max_tokens}")
+        refuse_shared_gpus(self.train.ranks, self.train.gpus)
         if self.train.gpus == 0 and self.model.dtype == "bfloat16":
             raise ValueError("model.dtype=bfloat16 trains 7 to 15 times slower than float32 on CPU; use auto")
         return self

@@ -89,6 +89,16 @@ class ValueConfig(Section):
     """Values may move this far from those before the update before their loss is clipped."""
 
 
+def refuse_shared_gpus(ranks: int, gpus: float) -> None:
+    """Raises ValueError for GPUs that a rank cannot use, and for ranks that would share one."""
+    if gpus > 1:
+        raise ValueError(f"gpus={gpus:g}: a rank computes on one GPU; use gpus=1 and more ranks")
+    if 0 < gpus < 1 and ranks > 1:
+        raise ValueError(
+            f"gpus={gpus:g} with ranks={ranks}: NCCL refuses ranks that share a GPU; use gpus=1, or ranks=1"
+        )
+
+
 class LearnerConfig(Section):
     """The DeepSpeed worker group."""
 
@@ -151,6 +161,7 @@ class LearnerConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        refuse_shared_gpus(self.ranks, self.gpus)
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(f"offload={self.offload} needs zero_stage 1, 2 or 3")
         if self.offload == "all" and self.zero_stage != 3:

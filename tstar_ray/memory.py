@@ -173,11 +173,13 @@ def learner_parts(
         shard = f"/ {ranks} ranks" if stage >= 2 and ranks > 1 else ""
         parts.append(_part(f"{name}gradients", gradient, f"{count:,} x {width} B {shard}"))
         split = ranks if stage else 1
+        # Offloaded: the weights in the model's dtype once more, and under ZeRO-2 the gradients' sum.
+        each = 16 + (itemsize * (1 + (stage == 2)) if offload else 0)
         parts.append(
             _part(
                 f"{name}optimizer",
-                count * 16 / split,
-                f"{count:,} x 16 B (fp32 weights, two Adam moments, what a step computes with)"
+                count * each / split,
+                f"{count:,} x {each} B (fp32 weights and gradients, two Adam moments{', copies' if offload else ''})"
                 + (f" / {split} ranks" if split > 1 else ""),
                 host=offload,
             )
@@ -209,7 +211,7 @@ def learner_parts(
             f"{logits:,} logits x 4 B x {_LOGIT_COPIES} copies + the head's gradient in fp32",
         )
     )
-    parts.append(Part(PUBLISHED, 0.0, 2 * count * itemsize / GIB, "flat buffer of rank 0 and its stored copy"))
+    parts.append(Part(PUBLISHED, 0.0, 3 * count * itemsize / GIB, "flat buffer of rank 0, two versions stored"))
     parts.append(Part("allowance", ALLOWANCE_GIB if gpu else 0.5, 0.0, "context, libraries, fragmentation"))
     return parts
 

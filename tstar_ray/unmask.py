@@ -115,6 +115,12 @@ def _pick(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return values.gather(-1, token[:, None]).squeeze(-1)
 
 
+def _cumulative(values: torch.Tensor) -> torch.Tensor:
+    """Along the last dimension of [M, N]. A single row PyTorch sums up on a GPU in an order that differs from call to
+    call, so that ranks would disagree, and sums may fall."""
+    return values.expand(2, -1).cumsum(dim=-1)[:1] if len(values) == 1 else values.cumsum(dim=-1)
+
+
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Invert the cumulative distribution of weights [M, V] >= 0 at uniforms [M] in [0, 1).
 
@@ -128,13 +134,13 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     sums = weights[:, :whole].unflatten(-1, (-1, width)).sum(dim=-1)
     if whole < size:
         sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
-    cumulative = sums.cumsum(dim=-1)
+    cumulative = _cumulative(sums)
     total = cumulative[:, -1]
     aim = uniform * total
     piece = torch.searchsorted(cumulative, aim[:, None], right=True).clamp_(max=sums.shape[-1] - 1)
     rest = aim - (cumulative - sums).gather(-1, piece).squeeze(-1)
     at = piece * width + torch.arange(width, device=weights.device)
-    inside = weights.gather(-1, at.clamp(max=size - 1)).masked_fill_(at >= size, 0).cumsum(dim=-1)
+    inside = _cumulative(weights.gather(-1, at.clamp(max=size - 1)).masked_fill_(at >= size, 0))
     # Rounding may carry the rest past the piece's own sum.
     below = torch.nextafter(inside[:, -1], torch.zeros_like(total))
     index = torch.searchsorted(inside, torch.minimum(rest, below).clamp_(min=0)[:, None], right=True)
@@ -155,7 +161,7 @@ def truncate(log_density: torch.Tensor, *, top_k: int, top_p: float) -> torch.Te
     if top_p < 1:
         ordered, index = log_density.sort(dim=-1, descending=True, stable=True)
         probabilities = torch.softmax(ordered, dim=-1)
-        kept = probabilities.cumsum(dim=-1) - probabilities < top_p
+        kept = _cumulative(probabilities) - probabilities < top_p
         log_density = log_density.masked_fill(~torch.zeros_like(kept).scatter(-1, index, kept), -torch.inf)
     return torch.log_softmax(log_density, dim=-1)
 

@@ -171,6 +171,9 @@ class BlockDiffusionState(DefaultModelState):
         ends = input_batch.query_start_loc_np[: requests + 1]
         ends_device, lengths = input_batch.query_start_loc[: requests + 1], input_batch.seq_lens
         longest = int(input_batch.num_scheduled_tokens.max())
+        # The longest sequence decides whether kernels split the keys; a recording must do for all.
+        known = input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs]
+        farthest = self.max_model_len if for_capture else int(known.max())
         if not for_capture and (reading := input_batch.is_prefilling_np[: input_batch.num_reqs]).any():
             assert not full, "a pass that reads prompts has no graph"
             owner, size, after = self._cut(np.diff(ends), reading, input_batch.idx_mapping_np)
@@ -188,7 +191,7 @@ class BlockDiffusionState(DefaultModelState):
             query_start_loc_cpu=torch.from_numpy(np.ascontiguousarray(ends)),
             max_query_len=longest,
             seq_lens=lengths,
-            max_seq_len=self.max_model_len,
+            max_seq_len=farthest,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,

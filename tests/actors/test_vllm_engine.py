@@ -10,6 +10,7 @@ import logging
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -105,6 +106,28 @@ def test_the_lm_head_runs_on_masked_positions_only(engine, monkeypatch):
     after = engine.stats
     assert after.forwards - before.forwards == 2 + 4 + 2, "each of two blocks is committed by a pass"
     assert after.prefills - before.prefills == 1
+
+
+def test_vllm_may_rehearse_its_memory_and_passes_without_requests(engine, model, twin):
+    """As it does when it starts on a GPU."""
+    runner = engine._core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner.profile_run()
+    runner._dummy_run(8)
+    requests = make_requests([5, 18])
+    for request, trajectory in zip(requests, engine.generate(requests, DYNAMIC), strict=True):
+        assert_vllm_equal(trajectory, request, twin, model, DYNAMIC)
+
+
+def test_ranks_of_which_one_may_have_failed_alone_are_not_used_again(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_failed", False)
+        patch.setattr(engine, "_step", Mock(side_effect=RuntimeError("out of memory")))
+        for ranks, broken in ((1, False), (2, True)):
+            patch.setattr(engine, "_serving", replace(engine._serving, tensor_parallel=ranks))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                engine.generate(make_requests([5]), DYNAMIC)
+            assert engine.broken == broken
+    assert not engine.broken
 
 
 def test_statistics_add_up(serve):
@@ -214,6 +237,7 @@ def test_a_tiny_cache_preempts_and_nothing_changes(serve, model, twin, monkeypat
     page = 128 * 2 * 2 * 2 * 32 * 4 / 2**30
     engine = serve(cache_gb=6 * page, max_batch=8, async_scheduling=ahead, max_tokens=170)
     preempted, preempt = [], engine._scheduler._preempt_request
+    assert (engine._core.engine_core.batch_queue is not None) == ahead, "two steps are under way at a time"
     monkeypatch.setattr(
         engine._scheduler, "_preempt_request", lambda r, *a, **k: (preempted.append(r), preempt(r, *a, **k))
     )
@@ -228,7 +252,9 @@ def test_a_tiny_cache_preempts_and_nothing_changes(serve, model, twin, monkeypat
 
 
 def test_async_scheduling_changes_nothing(serve, model, twin):
-    for requests, decoding, found in decode_mix(serve(async_scheduling=True)):
+    engine = serve(async_scheduling=True)
+    assert engine._core.engine_core.batch_queue is not None
+    for requests, decoding, found in decode_mix(engine):
         for request, trajectory in zip(requests, found, strict=True):
             assert_vllm_equal(trajectory, request, twin, model, decoding)
 
@@ -312,9 +338,16 @@ def test_beside_another_vllm_the_plugin_stays_out(monkeypatch, caplog):
 def test_on_a_gpu_vllm_tries_no_requests_of_its_own_and_no_causal_attention(blueprint):
     from vllm.engine.arg_utils import EngineArgs
 
-    given = EngineArgs(**engine_arguments(blueprint, Serving(max_block=8, max_tokens=100, device="cuda")))
+    serving = Serving(max_block=8, max_tokens=100, device="cuda")
+    given = EngineArgs(**engine_arguments(blueprint, serving))
     assert not given.kernel_config.enable_jit_warmup, "requests without a job"
     assert given.attention_config.use_non_causal
+    assert given.gpu_memory_utilization < 0.02, "cache_gb says what is taken; vLLM would demand 92 % to be free"
+    assert given.compilation_config.cudagraph_capture_sizes == list(range(16, 128 * 8 + 1, 16)), "128 canvases"
+    shared = EngineArgs(**engine_arguments(blueprint, replace(serving, memory_share=0.8, max_batch=5)))
+    assert shared.gpu_memory_utilization == 0.8
+    assert shared.kv_cache_memory_bytes is None
+    assert shared.compilation_config.cudagraph_capture_sizes == [8, 16, 24, 32, 40]
 
 
 def test_a_request_is_admitted_while_the_step_before_runs():

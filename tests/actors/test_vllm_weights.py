@@ -49,6 +49,7 @@ def test_trap_31_invariant_8_weights_in_flight(serve, model, policy, ahead):
     """Loaded when the first of several sequences has ended: the others go on, each block of the version it names."""
     other = make_model(seed=8)
     engine = serve(cache_update=policy, async_scheduling=ahead)
+    assert (engine._core.engine_core.batch_queue is not None) == ahead
     requests = [
         replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 18, 33, 140]), (19, 40, 48, 44), strict=True)
     ]

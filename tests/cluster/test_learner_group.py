@@ -4,7 +4,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -133,3 +136,40 @@ def test_invariant_12_a_learner_without_room_says_what_is_missing_and_one_built_
     group.restart(2.0)
     assert group.places.keys() == {"learner-0"}
     assert re.search(f"{asked}.*waiting on, at most 60 minutes", told[1])
+
+
+PACKED = """
+from benchmarks.simulated_actors import SimulatedRank, Times
+from benchmarks.simulated_cluster import Nodes
+from cluster.session import connect
+from cluster.weights import ObjectStoreTransport
+from learner.group import LearnerGroup
+from tstar_ray.config import ClusterConfig, LearnerConfig
+
+with Nodes(head_cpus=2) as cluster:
+    nodes = [cluster.add(cpus=4) for _ in range(2)]
+    with connect(ClusterConfig(address=cluster.address), namespace="packed"):
+        group = LearnerGroup(
+            Times(), LearnerConfig(ranks=3), options={"num_cpus": 1.0}, threads=1, seed=0,
+            weights=ObjectStoreTransport(), rank_class=SimulatedRank,
+        )
+        for _ in range(2):
+            group.restart(60)
+            pids = {place.pid for place in group.places.values()}
+            print("on one node:", len(pids) == 3 and any(pids <= cluster.workers(node) for node in nodes))
+        group.stop()
+"""
+
+
+def test_ranks_share_a_node_where_they_fit():
+    """Three nodes have room for one of three; two could take all."""
+    done = subprocess.run(
+        [sys.executable, "-c", PACKED],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+    )
+    assert done.stdout.count("on one node: True") == 2, done.stdout + done.stderr
