@@ -8,8 +8,10 @@ with a token made for this process, so that neither ``~/.ray`` nor another clust
 127.0.0.1 by an address that others can reach, unless its switch for clusters of several nodes is off. Its processes
 form a session of their own, out of reach of signals to the driver's process group, as `timeout` sends them: what the
 driver saves when it is stopped takes a cluster that still works. They end with the driver, however it ends.
-Workers get this process's import path, so that the packages need not be installed, and normal priority: in the
-environment of the whole cluster, since workers with a runtime environment of their own cannot be started ahead.
+Workers get normal priority, this process's import path, so that the packages need not be installed, and threads that
+sleep while they wait for one another: those that spin, as is OpenMP's default, slow each other many times where several
+processes share the cores. All this is in the environment of a whole private cluster, since workers with a runtime
+environment of their own cannot be started ahead.
 """
 
 from __future__ import annotations
@@ -93,6 +95,11 @@ def _common(namespace: str) -> dict[str, Any]:
     }
 
 
+def _for_workers() -> dict[str, str]:
+    """Environment of workers."""
+    return {"PYTHONPATH": _import_path(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+
+
 def _import_path() -> str:
     """Folders that workers need to import the packages and whatever else this process can."""
     roots = {
@@ -109,9 +116,7 @@ def _join(address: str, namespace: str) -> Session:
     if address not in ("auto", "local"):
         _check_reachable(address)
     try:
-        context = ray.init(
-            address=address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, **_common(namespace)
-        )
+        context = ray.init(address=address, runtime_env={"env_vars": _for_workers()}, **_common(namespace))
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster could be joined at {address!r}: {_first_line(error)}. Start one with "
@@ -143,7 +148,7 @@ def _start(cluster: ClusterConfig, namespace: str, logs: Path | None) -> Session
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _TOKEN,
         "RAY_worker_niceness": "0",
-        "PYTHONPATH": _import_path(),
+        **_for_workers(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by processes of Ray; the constant below by this one
