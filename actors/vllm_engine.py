@@ -70,7 +70,7 @@ class VllmEngine(Rounds):
         self._work: dict[int, _Work] = {}
         self._core = start(blueprint, serving)
         self._threads = torch.get_num_threads()
-        self._stream = torch.cuda.current_stream() if serving.device == "cuda" else None
+        self._device_stream = torch.cuda.current_stream() if serving.device == "cuda" else None
         self._failed = False
         self._scheduler = self._core.engine_core.scheduler
         self._layout = [(name, shape) for name, shape in blueprint.layout]
@@ -243,8 +243,8 @@ class VllmEngine(Rounds):
         """Callers take turns, and vLLM has to find the same settings of the thread in all of them: CPU kernels the
         number of threads, the GPU the stream, on which steps and weights wait for one another."""
         torch._C.set_num_threads(self._threads)  # vLLM puts a function that does nothing in the place of torch's own
-        if self._stream is not None:
-            torch.cuda.set_stream(self._stream)
+        if self._device_stream is not None:
+            torch.cuda.set_stream(self._device_stream)
         super()._settle()
 
     def _round(self) -> None:
