@@ -5,7 +5,7 @@ import pytest
 from cluster.placement import plan
 from cluster.scale import ask
 from cluster.session import ClusterError
-from tstar_ray.config import load_config
+from tstar_ray.config import ConfigError, load_config
 from tstar_ray.run import _scaled
 
 
@@ -40,10 +40,23 @@ def test_labels_say_which_nodes():
 
 
 def test_what_nodes_may_join_for_is_asked_for_in_full():
-    settings = ["cluster.autoscaling=true", "actors.gpus=1", "actors.count=6", "learner.gpus=2"]
+    settings = ["cluster.autoscaling=true", "actors.gpus=1", "actors.count=6", "learner.gpus=1", "learner.ranks=2"]
     placement = plan(load_config(None, settings), {"CPU": 2.0})
     assert placement.rollout == {"num_cpus": 1.0, "num_gpus": 1}
-    assert placement.learner == {"num_cpus": 1.0, "num_gpus": 2}
+    assert placement.learner == {"num_cpus": 1.0, "num_gpus": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["learner.gpus=2"], r"gpus=2: a rank computes on one GPU; use gpus=1 and more ranks"),
+        (["learner.gpus=0.5", "learner.ranks=2"], r"gpus=0\.5 with ranks=2: NCCL refuses ranks that share a GPU"),
+    ],
+)
+def test_gpus_that_ranks_cannot_use_are_refused(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        load_config(None, settings)
+    assert load_config(None, ["learner.gpus=0.5"]).learner.gpus == 0.5, "beside a rollout actor"
 
 
 def test_a_run_is_placed_with_as_many_actors_as_were_asked_for_last(tmp_path):
