@@ -35,6 +35,8 @@ def join(
         for arm in dict.fromkeys(cell.arm for cell in cells_there):
             if arm not in config.arms:
                 raise ConfigError(f"--join {file}: its arm {arm} is none of this file's: {', '.join(config.arms)}")
+            if arm not in theirs.arms:
+                raise ConfigError(f"--join {file}: it holds runs of {arm} without the settings of that arm")
             own, other = _settings(config, arm), _settings(theirs, arm)
             if own != other:
                 raise ConfigError(f"--join {file}: arm {arm} had other settings: {other}; here they are {own}")

@@ -56,7 +56,7 @@ def test_what_nodes_may_join_for_is_asked_for_in_full():
 def test_gpus_that_ranks_cannot_use_are_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
         load_config(None, settings)
-    assert load_config(None, ["learner.gpus=0.5"]).learner.gpus == 0.5, "beside a rollout actor"
+    assert load_config(None, ["learner.gpus=0.5", "actors.gpus=0.5"]).learner.gpus == 0.5, "beside an engine"
 
 
 def test_a_run_is_placed_with_as_many_actors_as_were_asked_for_last(tmp_path):
