@@ -67,7 +67,7 @@ def test_nothing_to_join():
         ([{"experiment": CONFIG}], r"0\.json: not the experiment.json of an experiment \(KeyError\('cells'\)\)"),
         ([[1]], "not the experiment.json"),
         ([result([3]) | {"cells": [{"arm": "tstar", "seed": 3, "evaluations": []}]}], "its arm tstar is none of this"),
-        ([result([3], arms={"base": {"decode_only": True}})], "holds runs of direct without the settings of that arm"),
+        ([result([3], arms={"tstar": {}})], "holds runs of direct without the settings of that arm"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(tmp_path, results, message):
