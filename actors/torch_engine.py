@@ -21,7 +21,7 @@ stop tokens; a round in which sequences end fetches these as well. All else is p
 goes to the device in one transfer that nothing waits for, however many decoding settings are in use.
 
 **Shapes may be fixed** (``cuda_graphs``): passes that only denoise and commit are then recorded as CUDA graphs and
-replayed (actors.graphs).
+replayed (actors.graphs). So that most passes do no more than that, a sixteenth of the slots are given away together.
 
 **New weights** are loaded between two rounds. Keys and values of older weights are computed again in the next pass
 (``recompute``), so that every recorded log-prob is that of one version's weights, or stay (``keep``) and the
@@ -52,6 +52,9 @@ from tstar_ray.trajectory import Request, Trajectory
 from tstar_ray.weights import Proof, checksum_parts, load_flat
 
 CacheUpdate = Literal["recompute", "keep"]
+_TOGETHER = 16
+"""With graphs, one of so many slots must be free before sequences that wait are admitted: at three per cent fewer
+sequences in a pass, new prompts are read in one pass of several instead of in all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class TorchEngine(Rounds):
         """Stop ids of each rule, on the device."""
         self._full = False
         """Nothing that waits can be admitted before a slot is free."""
+        self._filled = 0
+        """Sequences that were active when the last one was admitted; 0 where nothing waited then."""
         self._broken = False
 
     @property
@@ -204,6 +209,10 @@ class TorchEngine(Rounds):
 
     def _admit(self) -> None:
         """Give waiting requests the free slots, in order."""
+        if self._graphs and self._filled:
+            free = self._filled - self._slots.active
+            if free < min(max(1, self._filled // _TOGETHER), len(self._waiting)):
+                return
         admitted: list[Work] = []
         while self._waiting and not self._full:
             if self._make_room(admitted):
@@ -212,6 +221,7 @@ class TorchEngine(Rounds):
                 self._full = True
         if admitted:
             self._slots.admit(admitted)
+        self._filled = self._slots.active if self._waiting else 0
 
     def _make_room(self, admitted: Sequence[Work]) -> bool:
         """Whether the first that waits has a slot, where need be after making slots longer, shorter or more."""

@@ -16,6 +16,8 @@ from actors.torch_engine import TorchEngine
 from tstar_ray.trajectory import Request
 from tstar_ray.weights import flatten
 
+LONG = replace(NO_STOP, max_new_tokens=60)
+
 
 def rows_of(start, end, block, source=None):
     start, end = np.array(start), np.array(end)
@@ -63,6 +65,40 @@ def test_invariant_1_graphs_decode_what_is_decoded_without(model, twin, max_batc
             assert_equal(trajectory, request, twin, model, rule)
     assert engine.stats.graphed > engine.stats.forwards / 4
     assert engine.stats.graphed < engine.stats.forwards, "passes that read prompts are none of them"
+
+
+def watch_admissions(engine, monkeypatch):
+    """How many sequences come together, as a list that grows."""
+    sizes, admit = [], engine._slots.admit
+    monkeypatch.setattr(engine._slots, "admit", lambda work: (sizes.append(len(work)), admit(work)))
+    return sizes
+
+
+def test_what_comes_while_slots_are_free_is_admitted_at_once(model, monkeypatch):
+    engine = TorchEngine(model, max_batch=32, cuda_graphs=True)
+    admitted = watch_admissions(engine, monkeypatch)
+    first = engine.stream([replace(r, max_new_tokens=n) for r, n in zip(make_requests([5, 9]), (8, 60))], LONG)
+    next(first)
+    assert next(engine.stream([replace(make_requests([7])[0], max_new_tokens=4)], LONG)).group_id == 0
+    assert admitted == [2, 1]
+    assert engine._slots.active == 1, "the one that was there before has not ended"
+
+
+def test_prompts_are_read_together_so_that_most_passes_are_replayed(model, twin, monkeypatch):
+    """Sequences of 32 slots that end one by one; with graphs two slots are given away at a time."""
+    requests = [replace(r, max_new_tokens=4 + 2 * (i % 29)) for i, r in enumerate(make_requests([7, 12, 9, 5] * 24))]
+    rule, shares, sizes = LONG, {}, {}
+    for graphs in (False, True):
+        engine = TorchEngine(model, max_batch=32, cuda_graphs=graphs)
+        admitted = watch_admissions(engine, monkeypatch)
+        for trajectory in engine.stream(requests, rule):
+            if trajectory.group_id % 12 == 0:
+                assert_equal(trajectory, requests[trajectory.group_id], twin, model, rule)
+        shares[graphs], sizes[graphs] = len(admitted) / engine.stats.forwards, admitted
+    assert min(sizes[False]) == 1
+    assert min(sizes[True][:-1]) == 2, "the last one waits for nobody"
+    assert sum(sizes[True]) == sum(sizes[False]) == len(requests)
+    assert shares[True] < shares[False]
 
 
 def test_a_longer_request_moves_the_cache_and_recordings_are_made_anew(model, twin):
