@@ -18,7 +18,7 @@ class Stoppable(Protocol):
 
 
 class StopSignals:
-    """First Ctrl-C or SIGTERM: finish the update, save, end. Second: end at once."""
+    """First Ctrl-C or SIGTERM: finish the update, save, end. Second, unless within a second: end at once."""
 
     def __init__(self, controller: Stoppable, say: Callable[[str], None]) -> None:
         self._controller, self._say = controller, say
