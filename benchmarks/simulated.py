@@ -20,9 +20,10 @@ from learner.group import LearnerGroup
 from reward.actor import remote_class as reward_class
 from reward.grading import Verdict
 from tstar_ray.config import Config
-from tstar_ray.controller import Controller, Result
+from tstar_ray.controller import Controller
 from tstar_ray.data import ProblemSets, PromptedProblem
 from tstar_ray.problems import Problem
+from tstar_ray.record import Result
 from tstar_ray.reporter import Reporter
 from tstar_ray.run import start_rollouts
 

@@ -347,9 +347,8 @@ class Trainer:
                 self._value.reset_optimizer()
         if self._reference is not None and self._config.loss.kl_reference == "stage":
             with torch.no_grad():
-                for kept, now in zip(
-                    self._reference.parameters(), self._policy.whole(self._model.parameters()), strict=True
-                ):
+                whole = self._policy.whole(self._model.parameters())
+                for kept, now in zip(self._reference.parameters(), whole, strict=True):
                     kept.copy_(now)
 
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,7 +21,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +35,12 @@ from tstar_ray.curriculum import Curriculum
 from tstar_ray.data import ProblemSets
 from tstar_ray.evaluate import Evaluation
 from tstar_ray.held_out import HeldOut
-from tstar_ray.record import DASHBOARD, accuracy, update_record
+from tstar_ray.record import DASHBOARD, Result, accuracy, update_record
 from tstar_ray.reporter import Reporter
 from tstar_ray.stage_settings import update_spec
 from tstar_ray.traces import Origin, write_traces
 from tstar_ray.trajectory import Group
 from tstar_ray.window import Window
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a run ended."""
-
-    before: list[Evaluation]
-    """Start model at each block size."""
-    after: list[Evaluation]
-    """Trained model at each block size."""
-    updates: int
-    """Updates made."""
-    stopped: bool
-    """Ended early by a signal, at an update boundary, with a checkpoint."""
-    groups: dict[str, int]
-    """Groups that were dispatched, and how they ended; these add up."""
 
 
 class Controller:

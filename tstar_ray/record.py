@@ -1,15 +1,17 @@
-"""The numbers of one update: what goes to the console, TensorBoard, metrics.jsonl and the Ray dashboard."""
+"""The numbers of one update, for the console, TensorBoard, metrics.jsonl and the Ray dashboard; and how a run ended."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from learner.report import UpdateReport, report_dict
 from tstar_ray.collection import Collection
+from tstar_ray.evaluate import Evaluation
 from tstar_ray.trajectory import Group, tokens_per_forward
 
 DASHBOARD = {
@@ -23,6 +25,22 @@ DASHBOARD = {
     "publish_seconds": "seconds/publish",
 }
 """Gauge of `cluster.metrics` -> number of an update's record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended."""
+
+    before: list[Evaluation]
+    """Start model at each block size."""
+    after: list[Evaluation]
+    """Trained model at each block size."""
+    updates: int
+    """Updates made."""
+    stopped: bool
+    """Ended early by a signal, at an update boundary, with a checkpoint."""
+    groups: dict[str, int]
+    """Groups that were dispatched, and how they ended; these add up."""
 
 
 def accuracy(groups: Sequence[Group]) -> float:
