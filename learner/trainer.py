@@ -346,10 +346,9 @@ class Trainer:
             if self._value is not None:
                 self._value.reset_optimizer()
         if self._reference is not None and self._config.loss.kl_reference == "stage":
-            with torch.no_grad():
-                whole = self._policy.whole(self._model.parameters())
-                for kept, now in zip(self._reference.parameters(), whole, strict=True):
-                    kept.copy_(now)
+            whole = self._policy.whole(self._model.parameters())
+            for kept, now in zip(self._reference.parameters(), whole, strict=True):
+                kept.data.copy_(now.detach())
 
     def flat_weights(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole policy as one CPU buffer (`tstar_ray.weights.flatten`); collective under ZeRO-3, where a rank that

@@ -1,10 +1,11 @@
 """Hugging Face checkpoints as block-diffusion models, without remote code.
 
 A block-diffusion model is an ordinary decoder whose attention is told, for every token, what it may see. The
-transformers model keeps its weights, projections, rotary embedding and MLP; its attention function is
-replaced by `block_attention`, which hands query, key and value to the `Layout` of the call: packed training
-rows (`TrainLayout`, here) or an engine's cache. There is no implicit mask: a call without a layout fails, so
-neither a causal mask nor eager attention with a boolean mask (silently wrong) can slip in.
+transformers model keeps its weights, projections, rotary embedding and MLP. Its attention function is replaced by
+`block_attention`, which hands query, key and value to the `Layout` of the call: packed training rows (`TrainLayout`,
+here) or an engine's cache; norms, last layer and LM head by quicker ones (`norm`, `last_layer`, `head`). There is no
+implicit mask: a call without a layout fails, so neither a causal mask nor eager attention with a boolean mask (silently
+wrong) can slip in.
 
 Logits at position i predict token i (no shift; SDAR, dLLM-RL#43). The mask token and the ids beyond the
 tokenizer get -inf, in sampling and in training alike (trap 25).
