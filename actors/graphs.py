@@ -26,10 +26,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from actors.decoder import Decoder
 from actors.denoise import to_device
 from actors.kv_cache import SCORES_AT_ONCE, FixedLayout, FixedTensors, IntArray, KVCache, Rows, rounded_up
 from actors.slots import Slots
-from tstar_ray.model import BlockDiffusionLM
 
 RECORDED_AT_MOST = 128
 """Shapes; the one that was not needed for the longest time makes room."""
@@ -56,12 +56,13 @@ class Shape:
 class GraphedPasses:
     """Runs passes of recorded shapes."""
 
-    def __init__(self, model: BlockDiffusionLM, cache: KVCache, slots: Slots, *, groups: int) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots, *, groups: int) -> None:
         """``groups``: query heads that share one key head."""
-        self._model, self._cache, self._slots, self._groups = model, cache, slots, groups
+        self._decoder, self._cache, self._slots, self._groups = decoder, cache, slots, groups
+        self._device = slots.ids.device
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
         self._seen: dict[Shape, int] = {}
-        self._recorder = _Recorder() if model.device.type == "cuda" else None
+        self._recorder = _Recorder() if self._device.type == "cuda" else None
 
     @property
     def shapes(self) -> list[Shape]:
@@ -89,7 +90,7 @@ class GraphedPasses:
             self._passes.popitem(last=False)
         if self._recorder and not any(made.recorded for made in self._passes.values()):
             self._recorder.renew()
-        made = _Pass(shape, self._run, self._model.device, self._recorder)
+        made = _Pass(shape, self._run, self._device, self._recorder)
         return self._passes.setdefault(shape, made)
 
     def shape(self, rows: Rows) -> Shape | None:
@@ -105,14 +106,14 @@ class GraphedPasses:
             keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
         )
         scores = shape.rows * shape.queries * shape.keys * self._groups
-        return shape if scores <= SCORES_AT_ONCE[self._model.device.type] else None
+        return shape if scores <= SCORES_AT_ONCE[self._device.type] else None
 
     def _run(self, shape: Shape, at: FixedTensors) -> torch.Tensor:
         """Final hidden states [tokens, H]."""
-        small = self._model.device.type == "cpu"
+        small = self._device.type == "cpu"
         layout = FixedLayout(self._cache, at, groups=self._groups, keys=shape.keys, small=small)
         ids = self._slots.ids[at.slot_N, at.position_N]
-        return self._model.hidden(ids[None], at.position_N[None], layout)[0]
+        return self._decoder.hidden(ids, at.position_N, layout)
 
 
 class _Recorder:

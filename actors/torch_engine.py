@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.decoder import Decoder
 from actors.denoise import Positions, denoise, send_together, to_device
 from actors.engine import UNPROVEN, EngineStats
 from actors.graphs import GraphedPasses
@@ -91,7 +92,7 @@ class TorchEngine(Rounds):
         attention takes is bounded in actors.kv_cache). ``cuda_graphs``: see actors.graphs; on CPU its passes are
         of the same fixed shapes, and nothing is recorded."""
         super().__init__()
-        self._model = model.eval()
+        self._model, self._decoder = model.eval(), Decoder(model)
         self._max_batch, self._cache_gb = max_batch, cache_gb
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
         self._proof = Proof(version, checksum_parts(model.parameters()))
@@ -100,7 +101,7 @@ class TorchEngine(Rounds):
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._cache = KVCache(config, dtype=model.dtype, device=model.device)
         self._slots = Slots(mask_id=model.mask_id, device=model.device)
-        self._graphs = GraphedPasses(model, self._cache, self._slots, groups=self._groups) if cuda_graphs else None
+        self._graphs = GraphedPasses(self._decoder, self._cache, self._slots, groups=self._groups) if cuda_graphs else None
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
         self._rules: list[Decoding] = []
@@ -294,7 +295,7 @@ class TorchEngine(Rounds):
             sent = layout.also
             ids = self._slots.ids[layout.slot_N, layout.position_N]
             wanted = torch.cat([layout.slot_N[:0], *(plan[0] for plan in sent[::2])])
-            hidden = self._model.hidden_at(ids[None], layout.position_N[None], layout, wanted)
+            hidden = self._decoder.hidden(ids, layout.position_N, layout, wanted)
         self._slots.fields["source"][slot] = -1
         self._stats.forwarded_tokens += int(rows.lengths.sum())
         self._stats.forward_seconds += time.perf_counter() - began

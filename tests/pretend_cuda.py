@@ -53,6 +53,16 @@ class Pretended(torch.Tensor):
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
 
+    @property
+    def data(self):
+        """Of a parameter: what it holds may be replaced."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        torch.Tensor.data.__set__(self, other)
+        self.data_ = other.data_
+
     def tolist(self):
         """PyTorch has none for subclasses."""
         return self.cpu().tolist()
