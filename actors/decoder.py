@@ -28,6 +28,8 @@ class Decoder:
     def __init__(self, model: BlockDiffusionLM) -> None:
         """``model`` is not moved to another device or dtype from here on."""
         config = model.hf.config
+        self.groups: int = config.num_attention_heads // config.num_key_value_heads
+        """Query heads that share one key head."""
         self._backbone: Any = model.hf.model
         self._layers = [
             _Layer(layer, i, config.num_attention_heads, config.num_key_value_heads)

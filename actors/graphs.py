@@ -56,9 +56,8 @@ class Shape:
 class GraphedPasses:
     """Runs passes of recorded shapes."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots, *, groups: int) -> None:
-        """``groups``: query heads that share one key head."""
-        self._decoder, self._cache, self._slots, self._groups = decoder, cache, slots, groups
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots) -> None:
+        self._decoder, self._cache, self._slots = decoder, cache, slots
         self._device = slots.ids.device
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
         self._seen: dict[Shape, int] = {}
@@ -105,13 +104,13 @@ class GraphedPasses:
             tokens=rounded_up(int(lengths.sum()), least=_STEP),
             keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
         )
-        scores = shape.rows * shape.queries * shape.keys * self._groups
+        scores = shape.rows * shape.queries * shape.keys * self._decoder.groups
         return shape if scores <= SCORES_AT_ONCE[self._device.type] else None
 
     def _run(self, shape: Shape, at: FixedTensors) -> torch.Tensor:
         """Final hidden states [tokens, H]."""
         small = self._device.type == "cpu"
-        layout = FixedLayout(self._cache, at, groups=self._groups, keys=shape.keys, small=small)
+        layout = FixedLayout(self._cache, at, groups=self._decoder.groups, keys=shape.keys, small=small)
         ids = self._slots.ids[at.slot_N, at.position_N]
         return self._decoder.hidden(ids, at.position_N, layout)
 

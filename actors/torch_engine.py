@@ -97,11 +97,9 @@ class TorchEngine(Rounds):
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
         self._proof = Proof(version, checksum_parts(model.parameters()))
         self._stats = EngineStats()
-        config = model.hf.config
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._cache = KVCache(config, dtype=model.dtype, device=model.device)
+        self._cache = KVCache(model.hf.config, dtype=model.dtype, device=model.device)
         self._slots = Slots(mask_id=model.mask_id, device=model.device)
-        self._graphs = GraphedPasses(self._decoder, self._cache, self._slots, groups=self._groups) if cuda_graphs else None
+        self._graphs = GraphedPasses(self._decoder, self._cache, self._slots) if cuda_graphs else None
         self._positions = int(cache_gb * 2**30) // self._cache.bytes_per_position
         self._waiting: deque[Work] = deque()
         self._rules: list[Decoding] = []
@@ -291,7 +289,7 @@ class TorchEngine(Rounds):
             hidden = run(rows).index_select(0, torch.cat([plan[0] for plan in sent[::2]]))
             self._stats.graphed += 1
         else:
-            layout = RaggedLayout(self._cache, rows, groups=self._groups, also=also)
+            layout = RaggedLayout(self._cache, rows, groups=self._decoder.groups, also=also)
             sent = layout.also
             ids = self._slots.ids[layout.slot_N, layout.position_N]
             wanted = torch.cat([layout.slot_N[:0], *(plan[0] for plan in sent[::2])])

@@ -162,11 +162,9 @@ class BlockDiffusionLM(nn.Module):
         return hidden_at(self.hf.model, ids, positions, layout, index)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, hidden] -> logits [M, V] in fp32 at least, undefined ids at -inf."""
-        logits = self.hf.lm_head(hidden)
+        """hidden [M, hidden] -> logits [M, V] in the model's dtype, undefined ids at -inf."""
         # In place: no vocabulary-sized copy more, and nothing saved for the backward pass is overwritten.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.index_fill_(-1, self._suppressed_ids, -torch.inf)
+        return self.hf.lm_head(hidden).index_fill_(-1, self._suppressed_ids, -torch.inf)
 
     def forward(
         self,

@@ -125,3 +125,17 @@ def test_the_checks_of_gpu_sh_hold_here_but_for_those_of_cudas_own_kernels():
         assert checks.tokens_that_differ(model, cuda_graphs=True) == 0
         assert checks.weights_in_flight(model, cuda_graphs=True)
     assert sum(graph.replays for graph in cuda.graphs) > 20
+
+
+def test_greedy_decoding_holds_no_logits_in_fp32():
+    """In bf16, of a vocabulary far larger than anything else in the pass."""
+    shape, sizes = (16, 1, 1, 1, 16, 32, 70_000), {}
+    for temperature in (0.0, 1.0):
+        with PretendCuda() as cuda:
+            model = checks.random_model(shape, device=torch.device("cpu"), dtype=torch.bfloat16, seed=0).to(CUDA)
+            engine = TorchEngine(model)
+            cuda.made.clear()
+            engine.generate(make_requests([5, 9]), replace(NO_STOP, max_new_tokens=8, temperature=temperature))
+        sizes[temperature] = cuda.made[torch.float32] / cuda.made[torch.bfloat16]
+    assert sizes[0.0] < 0.5, "a piece of the vocabulary at a time"
+    assert sizes[1.0] == 1.0, "one copy, which the draw overwrites"
