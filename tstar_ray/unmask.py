@@ -73,9 +73,8 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
         token = logits.argmax(dim=-1)
         logprob = _pick(logits, token).float() - _logsumexp(logits)
         return Candidates(token=token, logprob=logprob, confidence=logprob.exp(), entropy=entropy)
-    logits = logits.float()
     if decoding.top_k or decoding.top_p < 1:
-        raw = torch.log_softmax(logits, dim=-1)
+        raw = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         density = raw if temperature == 1 else torch.log_softmax(raw / temperature, dim=-1)
         sampled = truncate(density, top_k=decoding.top_k, top_p=decoding.top_p)
         token, _ = invert(sampled.exp(), uniform)
@@ -83,17 +82,19 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
         return Candidates(
             token=token, logprob=_pick(density, token), confidence=_pick(ranking, token).exp(), entropy=entropy
         )
-    top, norm = logits.amax(dim=-1), None
-    if temperature != 1 and decoding.confidence == "raw":
-        norm = logits.logsumexp(dim=-1)
-    tempered = logits.sub_(top[:, None])
-    if temperature != 1:
-        tempered.div_(temperature)
-    weights = tempered.exp_()
-    token, total = invert(weights, uniform)
-    chosen = _pick(weights, token).log()  # a weight that can be drawn is far from underflow
-    logprob = chosen - total.log()
-    confidence = logprob if norm is None else chosen * temperature + top - norm
+    if temperature == 1:
+        own = logits if logits.dtype == torch.float32 else None
+        weights = torch.softmax(logits, dim=-1, dtype=torch.float32, out=own)
+        token, total = invert(weights, uniform)
+        logprob = confidence = (_pick(weights, token) / total).log()
+    else:
+        logits = logits.float()
+        top, norm = logits.amax(dim=-1), logits.logsumexp(dim=-1)
+        weights = logits.sub_(top[:, None]).div_(temperature).exp_()
+        token, total = invert(weights, uniform)
+        chosen = _pick(weights, token).log()  # a weight that can be drawn is far from underflow
+        logprob = chosen - total.log()
+        confidence = logprob if decoding.confidence == "sampled" else chosen * temperature + top - norm
     return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
 
 

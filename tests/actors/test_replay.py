@@ -56,8 +56,10 @@ def test_invariant_1_engine_equals_the_plain_reference_decoder(model, twin, bloc
     """Tokens, step map, log-probs and stop, with fewer slots than requests so that slots are re-used."""
     temperature = TEMPERATURES[(BLOCKS.index(block) + list(STRATEGIES).index(name)) % 3]
     decoding = make_decoding(block, name, temperature)
-    # Without a prompt every position of an all-masked block has the same distribution, and rounding breaks the tie.
-    tie = temperature == 0 or decoding.strategy == "entropy"
+    # Without a prompt every position of an all-masked block has the same distribution, and rounding breaks the tie
+    # between positions of equal entropy, or where one token is drawn, as in large blocks it is.
+    twice = temperature == 0 or (block > 8 and decoding.strategy != "sequential")
+    tie = twice or decoding.strategy == "entropy"
     requests = make_requests([n for n in prompt_lengths(block) if n or not tie], seed=block)
     found = TorchEngine(model, max_batch=5).generate(requests, decoding)
     for request, trajectory in zip(requests, found):
