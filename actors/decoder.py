@@ -121,7 +121,8 @@ def _neighbours(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     following = [(storage, offset + p.numel()) for (storage, offset), p in zip(places, parameters)]
     if places[1:] == following[:-1]:
         return first.detach().as_strided((sum(sizes), *first.shape[1:]), first.stride())
-    joined = torch.cat([p.detach() for p in parameters])
-    for parameter, part in zip(parameters, joined.split(sizes)):
-        parameter.data = part
+    with torch.inference_mode(first.is_inference()):  # only a tensor of its own kind takes a parameter's place
+        joined = torch.cat([p.detach() for p in parameters])
+        for parameter, part in zip(parameters, joined.split(sizes)):
+            parameter.data = part
     return joined

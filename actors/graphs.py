@@ -8,6 +8,8 @@ them; a graph launches all of them at once. It demands that shapes and addresses
 - **Shapes are rounded up**: rows, queries of a row, tokens and keys. What fills the tokens up is the pass's first token
   again: it writes the same keys and values to the same place, so that nothing is masked and no place is set aside.
   What fills the rows up are queries of slots whose result nobody reads.
+- **Where all rows have as many queries**, as in a static schedule, they are all the tokens, and nothing is padded in
+  attention. What fills the rows up then are the first tokens of slots that nobody uses.
 - **What differs from pass to pass** is one tensor of integers: slot and position of each token, and how far each query
   sees. Token ids are read inside the graph.
 - **Weights, cache and slots stay where they are**; new weights are copied into the old. Whoever moves the cache or the
@@ -51,6 +53,8 @@ class Shape:
     """Of the pass."""
     keys: int
     """Positions looked at."""
+    even: bool
+    """Tokens are those of all rows, which have as many queries each."""
 
 
 class GraphedPasses:
@@ -98,11 +102,13 @@ class GraphedPasses:
         if (rows.source >= 0).any() or (lengths > 2 * rows.block_size).any():
             return None
         slots, positions = self._cache.shape
+        count, queries, even = min(rounded_up(len(lengths), least=8), slots), int(lengths.max()), len(set(lengths)) == 1
         shape = Shape(
-            rows=min(rounded_up(len(lengths), least=8), slots),
-            queries=int(lengths.max()),
-            tokens=rounded_up(int(lengths.sum()), least=_STEP),
+            rows=count,
+            queries=queries,
+            tokens=count * queries if even else rounded_up(int(lengths.sum()), least=_STEP),
             keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
+            even=even,
         )
         scores = shape.rows * shape.queries * shape.keys * self._decoder.groups
         return shape if scores <= SCORES_AT_ONCE[self._device.type] else None
@@ -159,7 +165,8 @@ class _Pass:
         n, padded = shape.tokens, shape.rows * shape.queries
         self._plan = torch.empty(3 * n + padded, dtype=torch.long, device=device)
         slot, position, place, end = self._plan.split([n, n, n, padded])
-        self._run = partial(run, shape, FixedTensors(slot, position, place, end.view(shape.rows, shape.queries)))
+        end = end.view(shape.rows, shape.queries)
+        self._run = partial(run, shape, FixedTensors(slot, position, None if shape.even else place, end))
         self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     @property
@@ -187,5 +194,9 @@ def plan(rows: Rows, shape: Shape) -> IntArray:
     end = np.ones(shape.rows * shape.queries, dtype=np.int64)
     end[place] = visible
     tokens = np.stack([rows.slot[row], position, place])
-    filled = np.repeat(tokens[:, :1], shape.tokens - tokens.shape[1], axis=1)
-    return np.concatenate([np.concatenate([tokens, filled], axis=1).ravel(), end])
+    if shape.even:
+        others = np.arange(tokens.shape[1], shape.tokens)
+        filling = np.stack([others // shape.queries, others % shape.queries, others])
+    else:
+        filling = np.repeat(tokens[:, :1], shape.tokens - tokens.shape[1], axis=1)
+    return np.concatenate([np.concatenate([tokens, filling], axis=1).ravel(), end])

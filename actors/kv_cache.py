@@ -168,8 +168,8 @@ class FixedTensors:
     """[N] slot of each token."""
     position_N: torch.Tensor
     """[N] its position."""
-    place: torch.Tensor
-    """[N] flat index into [S, Q]."""
+    place: torch.Tensor | None
+    """[N] flat index into [S, Q]; None where the tokens are all of these."""
     end: torch.Tensor
     """[S, Q] one past the last position that each query sees; 1 for those that no token is at."""
 

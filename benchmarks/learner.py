@@ -263,7 +263,8 @@ def dense_gradient(
             # Logits at the prompt and at the noisy copy, with the padding of both.
             used = torch.cat([hidden[:start], hidden[length : len(position) - extra[1]]])
             labels = torch.cat([clean, padding[: extra[0]]])
-            logprobs = F.log_softmax(model.logits(used).float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)[start:length]
+            every = F.log_softmax(model.logits(used).float(), dim=-1)
+            logprobs = every.gather(-1, labels[:, None]).squeeze(-1)[start:length]
             terms = token_terms(logprobs, logprobs.detach(), torch.ones_like(logprobs), **CLIP)
             (terms.loss[targets].sum() / total).backward()
             forwarded += len(position)

@@ -72,7 +72,7 @@ def test_calls_from_several_threads_are_decoded_together(model, twin):
 
 def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, monkeypatch):
     engine = TorchEngine(model)
-    calls, hidden = [], model.hidden_at
+    calls, hidden = [], engine._decoder.hidden
 
     def failing(*arguments):
         calls.append(1)
@@ -80,7 +80,7 @@ def test_a_failed_pass_loses_what_was_under_way_and_nothing_else(model, twin, mo
             raise RuntimeError("out of memory")
         return hidden(*arguments)
 
-    monkeypatch.setattr(model, "hidden_at", failing)
+    monkeypatch.setattr(engine._decoder, "hidden", failing)
     other = engine.stream(make_requests([6], seed=3), NO_STOP)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.generate(make_requests([9, 12]), NO_STOP)
@@ -122,7 +122,8 @@ def test_every_call_returns_right_after_its_own_last_sequence_ended(model):
 
 def test_a_pause_waits_for_the_present_round_alone(model, monkeypatch):
     """It is asked for in the middle of the tenth, while five other callers wait to drive the next."""
-    engine, hidden = TorchEngine(model), model.hidden_at
+    engine = TorchEngine(model)
+    hidden = engine._decoder.hidden
     streams = [engine.stream([request], STATIC) for request in make_requests([8] * 6)]
     seen = []
 
@@ -139,7 +140,7 @@ def test_a_pause_waits_for_the_present_round_alone(model, monkeypatch):
                 pauser.join(0.001)
         return hidden(*arguments)
 
-    monkeypatch.setattr(model, "hidden_at", asking)
+    monkeypatch.setattr(engine._decoder, "hidden", asking)
     run_together(*(lambda stream=stream: list(stream) for stream in streams))
     pauser.join(60)
     assert seen == [10]

@@ -29,7 +29,7 @@ def rows_of(start, end, block, source=None):
 def test_a_plan_repeats_the_first_token_and_fills_rows_that_see_one_position():
     """Two rows of B=2: one commits its last block, the other denoises only."""
     rows = rows_of([4, 2], [8, 4], 2)
-    found = plan(rows, Shape(rows=3, queries=4, tokens=8, keys=16))
+    found = plan(rows, Shape(rows=3, queries=4, tokens=8, keys=16, even=False))
     slot, position, place = found[:24].reshape(3, 8)
     assert slot.tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
     assert position.tolist() == [4, 5, 6, 7, 2, 3, 4, 4]
@@ -37,12 +37,22 @@ def test_a_plan_repeats_the_first_token_and_fills_rows_that_see_one_position():
     assert found[24:].reshape(3, 4).tolist() == [[6, 6, 8, 8], [4, 4, 1, 1], [1, 1, 1, 1]]
 
 
+def test_a_plan_of_even_rows_is_filled_with_slots_that_nobody_uses():
+    found = plan(rows_of([4, 2], [6, 4], 2), Shape(rows=3, queries=2, tokens=6, keys=16, even=True))
+    slot, position, place = found[:18].reshape(3, 6)
+    assert slot.tolist() == [0, 0, 1, 1, 2, 2]
+    assert position.tolist() == [4, 5, 2, 3, 0, 1]
+    assert place.tolist() == list(range(6))
+    assert found[18:].reshape(3, 2).tolist() == [[6, 6], [4, 4], [1, 1]]
+
+
 def test_shapes_are_rounded_up_within_the_cache():
     engine = TorchEngine(make_model(seed=2), cuda_graphs=True)
     engine._resize(20, 208)
     shape = engine._graphs.shape
-    assert shape(rows_of([8] * 9, [16] * 9, 4)) == Shape(rows=16, queries=8, tokens=128, keys=64)
-    assert shape(rows_of([200] * 19, [208] * 19, 8)) == Shape(rows=20, queries=8, tokens=192, keys=208)
+    assert shape(rows_of([8] * 9, [16] * 9, 4)) == Shape(rows=16, queries=8, tokens=128, keys=64, even=True)
+    uneven = rows_of([200] * 18 + [192], [208] * 19, 8)
+    assert shape(uneven) == Shape(rows=20, queries=16, tokens=192, keys=208, even=False)
     assert shape(rows_of([0], [12], 4)) is None, "reads a prompt"
     assert shape(rows_of([8, 8], [12, 12], 4, source=[-1, 0])) is None, "copies keys"
 
@@ -65,6 +75,23 @@ def test_invariant_1_graphs_decode_what_is_decoded_without(model, twin, max_batc
             assert_equal(trajectory, request, twin, model, rule)
     assert engine.stats.graphed > engine.stats.forwards / 4
     assert engine.stats.graphed < engine.stats.forwards, "passes that read prompts are none of them"
+
+
+def test_slots_that_filled_a_pass_up_are_given_to_sequences_that_come_later(model, twin):
+    rule = replace(LONG, strategy="static", denoising_steps=2)
+    engine, ran = TorchEngine(model, max_batch=8, cuda_graphs=True), []
+    run = engine._graphs._run
+    engine._graphs._run = lambda shape, at: (ran.append(shape), run(shape, at))[1]
+    requests = [replace(r, max_new_tokens=n) for r, n in zip(make_requests([8, 8, 12, 30, 5]), (28, 60, 60, 44, 60))]
+    first = engine.stream(requests[:3], rule)
+    found = [next(first)]
+    even = [shape for shape in ran if shape.even]
+    assert even
+    assert min(shape.rows for shape in even) == 8, "of which three were sequences"
+    found += [*engine.stream(requests[3:], rule), *first]
+    assert len(found) == 5
+    for trajectory in found:
+        assert_equal(trajectory, requests[trajectory.group_id], twin, model, rule)
 
 
 def watch_admissions(engine, monkeypatch):
