@@ -114,7 +114,7 @@ def _side_by_side(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | Non
 
 
 @torch.no_grad()
-def _neighbours(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def _neighbours(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """All rows in one tensor, of which the parameters become parts; where they are that already, nothing moves."""
     first, sizes = parameters[0], [len(p) for p in parameters]
     places = [(p.untyped_storage().data_ptr(), p.storage_offset()) for p in parameters]

@@ -1,8 +1,8 @@
 """The last decoder layer, computed in full only where its result is used.
 
-Of N tokens in a pass, M are predicted: the masked positions of an engine's pass, the targets of training rows. The
-others matter to the last layer by their keys and values alone; their results would be thrown away, and with them the
-MLP, most of what a layer costs. All layers before it need every token.
+Of the N tokens of training rows, M are predicted: the targets. The others matter to the last layer by their keys and
+values alone; their results would be thrown away, and with them the MLP, most of what a layer costs. All layers before
+it need every token.
 """
 
 from __future__ import annotations
