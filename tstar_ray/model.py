@@ -11,7 +11,8 @@ Logits at position i predict token i (no shift; SDAR, dLLM-RL#43). The mask toke
 tokenizer get -inf, in sampling and in training alike (trap 25).
 
 Served: Qwen3 and Llama architectures, and ``model_type: sdar`` (JetLM/SDAR-*, Gen-Verse/TraDo-*), which is
-Qwen3 under another name. Saved checkpoints open with plain transformers.
+Qwen3 under another name; not with sliding windows, nor with RoPE that depends on the longest sequence of a batch. Saved
+checkpoints open with plain transformers.
 """
 
 from __future__ import annotations

@@ -83,7 +83,14 @@ def read_config(path: str) -> tuple[dict[str, Any], Any]:
     if config_dict.get("use_sliding_window"):
         raise ValueError(f"model {path}: sliding-window attention cannot be combined with a block mask")
     config_class = getattr(transformers, f"{ARCHITECTURES[model_type]}Config")
-    return config_dict, config_class(**{k: v for k, v in config_dict.items() if k not in _REMOTE_CODE_KEYS})
+    config = config_class(**{k: v for k, v in config_dict.items() if k not in _REMOTE_CODE_KEYS})
+    rope = config.rope_parameters["rope_type"]
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"model {path}: rope_type {rope!r} rotates by the longest sequence in a batch, so that a token's "
+            "probability would depend on what it is decoded with; served are rope_type default, linear, yarn and llama3"
+        )
+    return config_dict, config
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -239,6 +239,9 @@ def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
 def lose_mask(folder):
     edit_config(folder, mask_token_id=None)
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -252,6 +255,8 @@ def lose_mask(folder):
         (lambda f: shutil.rmtree(f), "no readable config.json there"),
         (lambda f: edit_config(f, model_type="gpt2"), "model_type 'gpt2' is not served; known are qwen3, sdar, llama"),
         (lambda f: edit_config(f, use_sliding_window=True), "sliding-window attention"),
+        (lambda f: edit_config(f, rope_parameters=DYNAMIC_ROPE), "rope_type 'dynamic' rotates by the longest sequence"),
+        (lambda f: edit_config(f, rope_parameters=None, rope_scaling=DYNAMIC_ROPE), "rope_type 'dynamic' rotates by"),
         (lambda f: edit_config(f, mask_token_id=4000), "mask token id 4000 lies outside"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lose_mask, "no mask token in its config or tokenizer; set model.mask_token_id"),
