@@ -142,6 +142,7 @@ class PretendCuda(TorchDispatchMode):
         replaced = {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
+            "get_device_name": lambda: "pretended",
             "empty_cache": lambda: None,
             "Stream": lambda: stream,
             "current_stream": lambda: stream,

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pretend_cuda import CUDA, PretendCuda
 
-from benchmarks import rollout
+from benchmarks import rollout, shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +27,21 @@ def test_rollout_compares_the_same_tokens_decoded_in_every_way(tmp_path):
     assert row["plain"]["forwards"] > row["plain"]["tokens"], "a pass for each token, and for each commit"
     assert engine["continuous"]["forwards"] < engine["continuous"]["tokens"] / 4
     assert engine["times_faster_than_plain"] == engine["continuous"]["tokens_per_s"] / row["plain"]["tokens_per_s"]
+
+
+def test_on_a_gpu_it_tells_the_share_of_what_the_hardware_could_do(tmp_path, monkeypatch):
+    """As gpu.sh calls it, on a pretended one."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (64, 2, 4, 2, 16, 96, 512))
+    arguments = f"--model tiny --device {CUDA} --blocks 4 --schedules static --steps 4 --prompts 6 --prompt 12"
+    arguments += " --new-tokens 16 --lengths fixed --max-batch 4 --cache-gb 0.1 --repeats 1 --only-engine --cuda-graphs"
+    with PretendCuda() as cuda:
+        rollout.main([*arguments.split(), "--out", str(tmp_path / "found.json")])
+    assert sum(graph.replays for graph in cuda.graphs) > 20
+    [row] = json.loads((tmp_path / "found.json").read_text())["results"]
+    [engine] = row["engine"]
+    for run in (engine["continuous"], engine["graphs"]):
+        assert 0 < run["roofline"]["share"] < 1
+        assert run["tokens"] == engine["continuous"]["tokens"]
 
 
 def test_what_fails_on_a_gpu_is_named_and_the_others_are_measured(tmp_path):
