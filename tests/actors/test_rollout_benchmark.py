@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pretend_cuda import CUDA, PretendCuda
 
-from benchmarks import rollout, shapes
+from benchmarks import launches, rollout, shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,18 @@ def test_on_a_gpu_it_tells_the_share_of_what_the_hardware_could_do(tmp_path, mon
     for run in (engine["continuous"], engine["graphs"]):
         assert 0 < run["roofline"]["share"] < 1
         assert run["tokens"] == engine["continuous"]["tokens"]
+
+
+def test_kernels_of_a_pass_are_counted_and_its_products_add_up(tmp_path):
+    launches.main(["--model", "8M", "--rows", "16", "--keys", "64", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    hidden, layers, heads, kv_heads, dim, mlp, _ = shapes.SHAPES["8M"]
+    weights = layers * hidden * (2 * (heads + kv_heads) * dim + 3 * mlp)
+    for modules, padded, even, tokens in ((*found[:3], 64), (*found[3:], 128)):
+        assert modules["kernels"] > 1.4 * padded["kernels"]
+        assert padded["kernels"] == even["kernels"] + 3 * layers, "queries are not padded, and results not picked"
+        assert modules["gib"] > padded["gib"] > even["gib"] > 2 * weights / 2**30
+        assert {round(run["tflop"] * 1e12) for run in (modules, padded, even)} == {2 * weights * tokens}
 
 
 def test_what_fails_on_a_gpu_is_named_and_the_others_are_measured(tmp_path):
