@@ -102,13 +102,13 @@ class GraphedPasses:
         if (rows.source >= 0).any() or (lengths > 2 * rows.block_size).any():
             return None
         slots, positions = self._cache.shape
-        count, queries, even = min(rounded_up(len(lengths), least=8), slots), int(lengths.max()), len(set(lengths)) == 1
+        count, queries, even = min(rounded_up(len(lengths), least=8), slots), int(lengths.max()), np.ptp(lengths) == 0
         shape = Shape(
             rows=count,
             queries=queries,
             tokens=count * queries if even else rounded_up(int(lengths.sum()), least=_STEP),
             keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
-            even=even,
+            even=bool(even),
         )
         scores = shape.rows * shape.queries * shape.keys * self._decoder.groups
         return shape if scores <= SCORES_AT_ONCE[self._device.type] else None

@@ -97,8 +97,8 @@ def measure(arguments: argparse.Namespace, *, own: bool, commits: bool, even: bo
     rows, queries = arguments.rows, arguments.block * (2 if commits else 1)
     cache, decoder = KVCache(model.hf.config, dtype=model.dtype, device=META), Decoder(model)
     cache.resize(rows, arguments.keys, kept=0)
-    tokens, ends = (torch.empty(n, dtype=torch.long, device=META) for n in (rows * queries, rows * queries))
-    at = FixedTensors(tokens, tokens, None if even else tokens, ends.view(rows, queries))
+    tokens = torch.empty(rows * queries, dtype=torch.long, device=META)
+    at = FixedTensors(tokens, tokens, None if even else tokens, tokens.view(rows, queries))
     with Launches() as seen:
         layout = FixedLayout(cache, at, groups=decoder.groups, keys=arguments.keys, small=False)
         if own:

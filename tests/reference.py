@@ -19,7 +19,7 @@ def plain_twin(model):
     """An unmodified transformers model with the weights of a `BlockDiffusionLM`, on SDPA with boolean masks."""
     config = copy.deepcopy(model.hf.config)
     config._attn_implementation = "sdpa"
-    twin = transformers.Qwen3ForCausalLM(config).eval()
+    twin = type(model.hf)(config).eval()
     twin.load_state_dict(model.hf.state_dict())
     return twin
 

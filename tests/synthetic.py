@@ -32,6 +32,28 @@ def make_model(seed: int = 0) -> BlockDiffusionLM:
     return BlockDiffusionLM(hf.eval(), mask_id=MASK_ID, token_limit=62).eval()
 
 
+def make_llama() -> BlockDiffusionLM:
+    """A random three-layer Llama of the same vocabulary, with a bias in every linear map of a layer."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        attention_bias=True,
+        mlp_bias=True,
+        initializer_range=0.1,
+    )
+    hf = transformers.LlamaForCausalLM._from_config(config, attn_implementation="block_diffusion").eval()
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return BlockDiffusionLM(hf, mask_id=MASK_ID, token_limit=62)
+
+
 def save_model(model: BlockDiffusionLM, folder: Path) -> Path:
     """A checkpoint folder of a model, with a word for every token it may predict but the mask."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -89,12 +89,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
         logprob = confidence = (_pick(weights, token) / total).log()
     else:
         logits = logits.float()
-        top, norm = logits.amax(dim=-1), logits.logsumexp(dim=-1)
+        raw = decoding.confidence == "raw"
+        top, norm = logits.amax(dim=-1), logits.logsumexp(dim=-1) if raw else 0
         weights = logits.sub_(top[:, None]).div_(temperature).exp_()
         token, total = invert(weights, uniform)
         chosen = _pick(weights, token).log()  # a weight that can be drawn is far from underflow
         logprob = chosen - total.log()
-        confidence = logprob if decoding.confidence == "sampled" else chosen * temperature + top - norm
+        confidence = chosen * temperature + top - norm if raw else logprob
     return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
 
 

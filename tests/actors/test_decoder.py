@@ -4,35 +4,12 @@ import copy
 
 import pytest
 import torch
-import transformers
-from synthetic import make_model, save_model
+from synthetic import make_llama, make_model, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.decoder import Decoder
 from tstar_ray.model import BlockDiffusionLM, TrainLayout, load_checkpoint
 from tstar_ray.weights import flatten, load_flat
-
-
-def make_llama() -> BlockDiffusionLM:
-    """With a bias in every linear map."""
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        attention_bias=True,
-        mlp_bias=True,
-        initializer_range=0.1,
-    )
-    hf = transformers.LlamaForCausalLM._from_config(config, attn_implementation="block_diffusion").eval()
-    with torch.no_grad():
-        for name, parameter in hf.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.copy_(torch.rand_like(parameter) + 0.5)
-    return BlockDiffusionLM(hf, mask_id=63, token_limit=62)
 
 
 def make_qwen() -> BlockDiffusionLM:

@@ -1,6 +1,5 @@
 """Checkpoints: what loads, that it computes what plain transformers computes, and what is refused and how."""
 
-import copy
 import json
 import shutil
 
@@ -9,12 +8,12 @@ import torch
 import transformers
 from reference import plain_twin
 from safetensors.torch import load_file, save_file
-from synthetic import make_model
+from synthetic import make_llama, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tstar_ray.blocks import train_visibility
 from tstar_ray.head import TargetScores
-from tstar_ray.model import BlockDiffusionLM, TrainLayout, load_checkpoint
+from tstar_ray.model import TrainLayout, load_checkpoint
 from tstar_ray.model_files import EMBEDDED_FOLDER
 from tstar_ray.weights import checksum, flatten, load_flat
 
@@ -42,23 +41,8 @@ def staircase(length, block):
 
 def model_and_twin(architecture):
     """The same weights as a block-diffusion model and in plain transformers."""
-    torch.manual_seed(0)
-    if architecture == "qwen3":
-        model = make_model()
-        return model, plain_twin(model)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        initializer_range=0.1,
-    )
-    twin = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-    hf = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation="block_diffusion").eval()
-    hf.load_state_dict(twin.state_dict())
-    return BlockDiffusionLM(hf, mask_id=63, token_limit=62), twin
+    model = make_model() if architecture == "qwen3" else make_llama()
+    return model, plain_twin(model)
 
 
 @torch.no_grad()
