@@ -89,13 +89,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> Can
         logprob = confidence = (_pick(weights, token) / total).log()
     else:
         logits = logits.float()
-        raw = decoding.confidence == "raw"
-        top, norm = logits.amax(dim=-1), logits.logsumexp(dim=-1) if raw else 0
+        top = logits.amax(dim=-1)
+        norm = logits.logsumexp(dim=-1) if decoding.confidence == "raw" else None
         weights = logits.sub_(top[:, None]).div_(temperature).exp_()
         token, total = invert(weights, uniform)
         chosen = _pick(weights, token).log()  # a weight that can be drawn is far from underflow
         logprob = chosen - total.log()
-        confidence = chosen * temperature + top - norm if raw else logprob
+        confidence = logprob if norm is None else chosen * temperature + top - norm
     return Candidates(token=token, logprob=logprob, confidence=confidence.exp(), entropy=entropy)
 
 
