@@ -270,13 +270,21 @@ def test_a_second_driver_is_refused_and_sigterm_to_the_group_leaves_no_process_b
 
 
 def test_sigterm_to_every_process_ends_the_run_at_its_newest_checkpoint(tmp_path):
-    """As systemd sends it to a control group: the learner and Ray are gone before the run can save."""
+    """As systemd sends it to a control group: the learner and Ray are gone before the run can save. The driver is held
+    until they are; its own signal waits for it."""
     job = start(tmp_path, *SEVEN, TSTAR_TEST_MARK=str(tmp_path))
     lines = read_until(job, row(3))
+    job.send_signal(signal.SIGSTOP)
     reached = marked(str(tmp_path))
     assert len(reached) > 5, "driver, Ray, learner and actors"
     for pid in reached:
         os.kill(pid, signal.SIGTERM)
+    ranks = json.loads((tmp_path / "job" / "status.json").read_text())["learner"]["actors"].values()
+    learner, deadline = {rank["pid"] for rank in ranks}, time.monotonic() + 60
+    while learner & set(marked(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert learner and not learner & set(marked(str(tmp_path))), "the fault really happened"
+    job.send_signal(signal.SIGCONT)
     output = "".join(lines) + job.communicate(timeout=120)[0]
     assert job.returncode == 130, output
     assert re.search("updates after [24] are lost", output), output
