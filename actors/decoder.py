@@ -19,20 +19,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actors import kernels
 from tstar_ray.model import BlockDiffusionLM, Layout
 
 
 class Decoder:
     """Layers of Qwen3 and Llama for N tokens without a batch dimension; nothing is kept for a backward pass."""
 
-    def __init__(self, model: BlockDiffusionLM) -> None:
-        """``model`` is not moved to another device or dtype from here on."""
+    def __init__(self, model: BlockDiffusionLM, *, fused: bool = False) -> None:
+        """``model`` is not moved to another device or dtype from here on. ``fused``: with actors.kernels."""
         config = model.hf.config
+        self.fused = fused
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         """Query heads that share one key head."""
         self._backbone: Any = model.hf.model
         self._layers = [
-            _Layer(layer, i, config.num_attention_heads, config.num_key_value_heads)
+            _Layer(layer, i, config.num_attention_heads, config.num_key_value_heads, fused=fused)
             for i, layer in enumerate(self._backbone.layers)
         ]
 
@@ -57,7 +59,7 @@ class Decoder:
 class _Layer:
     """One pre-norm decoder layer; both halves change hidden states [N, H] in place."""
 
-    def __init__(self, layer: Any, index: int, heads: int, kv_heads: int) -> None:
+    def __init__(self, layer: Any, index: int, heads: int, kv_heads: int, *, fused: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index, self._heads, self._kv_heads = index, heads, kv_heads
         self._dim, self._scale = attention.head_dim, attention.scaling
@@ -65,16 +67,29 @@ class _Layer:
         self._qkv = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
         self._gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
         self._out, self._down, self._activation = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self._silu = mlp.config.hidden_act == "silu"
         self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+        self._fused = fused
 
     def attend(self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: Layout) -> None:
         """``rotation``: cosines and sines [N, 1, D]."""
         tokens, q, k = len(hidden), self._heads, self._kv_heads
         qkv = F.linear(self._attention_norm(hidden), *self._qkv).view(tokens, q + 2 * k, self._dim)
-        query, key = _rotate(self._normed(qkv)[:, : q + k], *rotation).split([q, k], dim=1)
+        query, key = self._normed_and_rotated(qkv, rotation).split([q, k], dim=1)
         heads = [x.transpose(0, 1)[None] for x in (query, key, qkv[:, q + k :])]
         found = layout.attend(self._index, heads[0], heads[1], heads[2], self._scale)
         _add(hidden, found.reshape(tokens, -1), self._out)
+
+    def _normed_and_rotated(self, qkv: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Query and key heads of [N, heads, D], which may change."""
+        q, k = self._heads, self._kv_heads
+        if not self._fused:
+            return _rotate(self._normed(qkv)[:, : q + k], *rotation)
+        cos, sin = rotation
+        weights = [norm.weight for norm in self._head_norms] if self._head_norms else [None, None]
+        eps = self._head_norms[0].eps if self._head_norms else 0.0
+        kernels.norm_rotate_(qkv, cos[:, 0], sin[:, 0], *weights, q, k, eps)
+        return qkv[:, : q + k]
 
     def _normed(self, qkv: torch.Tensor) -> torch.Tensor:
         """[N, heads, D]: with the norms of query and key heads, where there are any."""
@@ -87,8 +102,13 @@ class _Layer:
 
     def feed(self, hidden: torch.Tensor) -> None:
         """The MLP."""
-        gate, up = F.linear(self._mlp_norm(hidden), *self._gate_up).chunk(2, dim=-1)
-        _add(hidden, self._activation(gate).mul_(up), self._down)
+        gate_up = F.linear(self._mlp_norm(hidden), *self._gate_up)
+        if self._fused and self._silu:
+            inner = kernels.silu_mul(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = self._activation(gate).mul_(up)
+        _add(hidden, inner, self._down)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,18 @@ import torch
 
 from actors.decoder import Decoder
 from actors.denoise import to_device
-from actors.kv_cache import SCORES_AT_ONCE, FixedLayout, FixedTensors, IntArray, KVCache, Rows, rounded_up
+from actors.kv_cache import (
+    SCORES_AT_ONCE,
+    FixedLayout,
+    FixedTensors,
+    FusedLayout,
+    IntArray,
+    KVCache,
+    Rows,
+    rounded_up,
+)
 from actors.slots import Slots
+from tstar_ray.model import Layout
 
 RECORDED_AT_MOST = 128
 """Shapes; the one that was not needed for the longest time makes room."""
@@ -52,7 +62,7 @@ class Shape:
     tokens: int
     """Of the pass."""
     keys: int
-    """Positions looked at."""
+    """Positions looked at; 0 where each row looks at its own."""
     even: bool
     """Tokens are those of all rows, which have as many queries each."""
 
@@ -107,7 +117,7 @@ class GraphedPasses:
             rows=count,
             queries=queries,
             tokens=count * queries if even else rounded_up(int(lengths.sum()), least=_STEP),
-            keys=min(rounded_up(int(rows.end.max()), least=_STEP), positions),
+            keys=0 if self._decoder.fused else min(rounded_up(int(rows.end.max()), least=_STEP), positions),
             even=bool(even),
         )
         scores = shape.rows * shape.queries * shape.keys * self._decoder.groups
@@ -115,8 +125,12 @@ class GraphedPasses:
 
     def _run(self, shape: Shape, at: FixedTensors) -> torch.Tensor:
         """Final hidden states [tokens, H]."""
-        small = self._device.type == "cpu"
-        layout = FixedLayout(self._cache, at, groups=self._decoder.groups, keys=shape.keys, small=small)
+        layout: Layout
+        if self._decoder.fused:
+            layout = FusedLayout(self._cache, at)
+        else:
+            small = self._device.type == "cpu"
+            layout = FixedLayout(self._cache, at, groups=self._decoder.groups, keys=shape.keys, small=small)
         ids = self._slots.ids[at.slot_N, at.position_N]
         return self._decoder.hidden(ids, at.position_N, layout)
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from actors import kernels
 from actors.denoise import send_together
 from tstar_ray.blocks import decode_visibility
 
@@ -304,7 +305,7 @@ class RaggedLayout(CacheLayout):
 
 
 class FixedLayout(CacheLayout):
-    """A pass of ``rows`` slots, the first ones, in one run whose shape and tensors are given: it may be recorded."""
+    """A pass of the first slots, in one run whose shape and tensors are given: it may be recorded."""
 
     def __init__(self, cache: KVCache, at: FixedTensors, *, groups: int, keys: int, small: bool) -> None:
         """Attends to the first ``keys`` positions. ``small``: as in a pass of few queries."""
@@ -324,6 +325,30 @@ class FixedLayout(CacheLayout):
             )
         ]
         self._biases = [self._bias(self._runs[0])]
+
+
+class FusedLayout:
+    """A pass of the first slots as `FixedLayout`'s, by actors.kernels: attention of each row reads what that row sees,
+    holds no bias and pads nothing but queries."""
+
+    def __init__(self, cache: KVCache, at: FixedTensors) -> None:
+        self._cache, self._at = cache, at
+        self._token: torch.Tensor | None = None
+        if at.place is not None:
+            # Tokens that fill a pass up share the place of its first, and are that one again: any of them will do.
+            self._token = torch.full_like(at.end.view(-1), -1)
+            self._token[at.place] = torch.arange(len(at.place), device=at.place.device)
+            self._token = self._token.view_as(at.end)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See `tstar_ray.model.Layout.attend`; R is 1."""
+        keys, values, at = self._cache.keys[layer], self._cache.values[layer], self._at
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        kernels.store_(keys, values, key, value, at.slot_N, at.position_N)
+        found = kernels.attend(query, keys, values, at.end, self._token, scale).flatten(0, 1)
+        return (found if at.place is None else found.index_select(0, at.place))[None]
 
 
 def _copies(rows: Rows) -> IntArray:

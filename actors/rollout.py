@@ -63,6 +63,7 @@ def make_engine(model: ModelConfig, actors: ActorsConfig) -> tuple[Engine, PreTr
         cache_gb=actors.cache_gb,
         cache_update=actors.cache_update,
         cuda_graphs=actors.cuda_graphs,
+        triton_kernels=actors.triton_kernels,
     )
     return engine, checkpoint.tokenizer
 
@@ -73,6 +74,14 @@ def check_engine(model: ModelConfig, actors: ActorsConfig) -> None:
         from actors.vllm_serving import check_servable
 
         check_servable(*plan_serving(model, actors))
+    elif actors.triton_kernels:
+        from actors import kernels
+
+        if not kernels.available():
+            raise ValueError(
+                "actors.triton_kernels=true: Triton is not installed, which PyTorch for GPUs comes with; install "
+                "torch for CUDA, or leave it out"
+            )
 
 
 def plan_serving(model: ModelConfig, actors: ActorsConfig) -> tuple[Blueprint, Serving]:

@@ -85,14 +85,16 @@ class TorchEngine(Rounds):
         cache_update: CacheUpdate = "recompute",
         pass_tokens: int = 8192,
         cuda_graphs: bool = False,
+        triton_kernels: bool = False,
         version: int = 0,
     ) -> None:
         """At most ``max_batch`` sequences at once, and as many as fit into ``cache_gb`` GiB of keys and values;
         prompts beyond ``pass_tokens`` in one pass are read in several, which bounds what its tokens take (what its
         attention takes is bounded in actors.kv_cache). ``cuda_graphs``: see actors.graphs; on CPU its passes are
-        of the same fixed shapes, and nothing is recorded."""
+        of the same fixed shapes, and nothing is recorded. ``triton_kernels``: see actors.kernels; of attention, that
+        of the fixed shapes."""
         super().__init__()
-        self._model, self._decoder = model.eval(), Decoder(model)
+        self._model, self._decoder = model.eval(), Decoder(model, fused=triton_kernels)
         self._max_batch, self._cache_gb = max_batch, cache_gb
         self._cache_update, self._pass_tokens = cache_update, pass_tokens
         self._proof = Proof(version, checksum_parts(model.parameters()))

@@ -3,8 +3,9 @@
     python -m benchmarks.checks [--device cuda] [--out FILE]
 
 Needs torch and transformers alone. On a small random model: the engine against benchmarks.plain_decoder, the
-learner's layout for the device against a dense bias (replayed log-probs and gradients), weights in flight, the same
-with CUDA graphs, and what bf16 costs. Exits with 1 if a bound is exceeded.
+learner's layout for the device against a dense bias (replayed log-probs and gradients), weights in flight, the engine's
+again with CUDA graphs and, on a GPU, with its Triton kernels in them, and what bf16 costs. Exits with 1 if a bound is
+exceeded or a check fails.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +40,12 @@ RULES = [
     Decoding(block_size=8, max_new_tokens=48, stop_ids=(), strategy="entropy", entropy_bound=4.0, temperature=0.7),
     Decoding(block_size=32, max_new_tokens=64, stop_ids=(), temperature=0.0),
 ]
-BOUNDS = {
-    "tokens_that_differ": 0,
-    "tokens_that_differ_with_graphs": 0,
-    "replay_fp32": 1e-3,
-    "gradient_fp32": 1e-3,
-    "replay_bf16_mean": 0.05,
+WAYS: dict[str, dict[str, bool]] = {
+    "": {},
+    "_with_graphs": {"cuda_graphs": True},
+    "_with_kernels": {"cuda_graphs": True, "triton_kernels": True},
 }
-"""fp32 on CUDA adds up in another order than a dense bias does, through tiles and split reductions."""
+"""Settings of the engine; those of the last need a GPU."""
 
 
 def main() -> None:
@@ -54,25 +56,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device(arguments.device)
-    model = random_model(SHAPE, device=device, dtype=torch.float32, seed=0)
-    rough = random_model(SHAPE, device=device, dtype=torch.bfloat16, seed=0)
-    found = {
-        "tokens_that_differ": tokens_that_differ(model, cuda_graphs=False),
-        "tokens_that_differ_with_graphs": tokens_that_differ(model, cuda_graphs=True),
-        "replay_fp32": float(replay(model).max()),
-        "gradient_fp32": gradient_difference(model),
-        "replay_bf16_mean": float(replay(rough).mean()),
-    }
-    failed = [name for name, bound in BOUNDS.items() if not found[name] <= bound]
-    failed += [] if weights_in_flight(model) else ["weights_in_flight"]
-    failed += [] if weights_in_flight(model, cuda_graphs=True) else ["weights_in_flight_with_graphs"]
+    model, rough = (
+        random_model(SHAPE, device=device, dtype=dtype, seed=0) for dtype in (torch.float32, torch.bfloat16)
+    )
+    results = {name: run(bound, check) for name, (bound, check) in all_checks(model, rough).items()}
+    failed = [name for name, result in results.items() if not result["holds"]]
     text = json.dumps(
         {
             "benchmark": "checks",
             "device": device_name(arguments.device),
             "torch": torch.__version__,
-            "found": found,
-            "bounds": BOUNDS,
+            "results": results,
             "failed": failed,
         },
         indent=1,
@@ -83,15 +77,43 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
+def all_checks(model: BlockDiffusionLM, rough: BlockDiffusionLM) -> dict[str, tuple[float, Callable[[], float]]]:
+    """Of each the largest number that will do, and what computes it. ``rough`` is the model in bf16.
+
+    fp32 on CUDA adds up in another order than a dense bias does, through tiles and split reductions.
+    """
+    checks: dict[str, tuple[float, Callable[[], float]]] = {
+        "gradient_fp32": (1e-3, partial(gradient_difference, model))
+    }
+    for way, settings in WAYS.items():
+        if "triton_kernels" not in settings or model.device.type == "cuda":
+            checks |= {
+                f"tokens_that_differ{way}": (0, partial(tokens_that_differ, model, **settings)),
+                f"tokens_that_differ_in_flight{way}": (0, partial(tokens_that_differ_in_flight, model, **settings)),
+                f"replay_fp32{way}": (1e-3, lambda settings=settings: float(replay(model, **settings).max())),
+                f"replay_bf16_mean{way}": (0.05, lambda settings=settings: float(replay(rough, **settings).mean())),
+            }
+    return checks
+
+
+def run(bound: float, check: Callable[[], float]) -> dict[str, float | str | bool]:
+    """What it found, or the error that it ended with."""
+    try:
+        found = check()
+    except Exception:
+        return {"error": traceback.format_exc(), "bound": bound, "holds": False}
+    return {"found": found, "bound": bound, "holds": found <= bound}
+
+
 def requests_for(model: BlockDiffusionLM, count: int = 6) -> list[Request]:
     """Prompts of 5 to 80 tokens."""
     return make_requests(model, np.linspace(5, 80, count).astype(int).tolist(), seed=1)
 
 
-def tokens_that_differ(model: BlockDiffusionLM, *, cuda_graphs: bool) -> int:
+def tokens_that_differ(model: BlockDiffusionLM, **settings: bool) -> int:
     """Between the engine, all rules decoding together, and the plain decoder; all of them where graphs are wanted and
     no pass was one."""
-    engine, requests = TorchEngine(model, cuda_graphs=cuda_graphs), requests_for(model)
+    engine, requests = TorchEngine(model, **settings), requests_for(model)  # type: ignore[arg-type]
     streams = [engine.stream(requests, rule) for rule in RULES]
     differ = tokens = 0
     for rule, stream in zip(RULES, streams):
@@ -100,7 +122,7 @@ def tokens_that_differ(model: BlockDiffusionLM, *, cuda_graphs: bool) -> int:
             same = len(ids) == len(trajectory.token_ids) and steps == trajectory.step_map.tolist()
             differ += int((trajectory.token_ids != ids).sum()) if same else max(1, len(ids))
             tokens += len(ids)
-    return tokens if cuda_graphs and not engine.stats.graphed else differ
+    return tokens if "cuda_graphs" in settings and not engine.stats.graphed else differ
 
 
 def _batches(model: BlockDiffusionLM, found: list[Trajectory], block_size: int) -> list[MicroBatch]:
@@ -119,11 +141,11 @@ def _batches(model: BlockDiffusionLM, found: list[Trajectory], block_size: int) 
 
 
 @torch.no_grad()
-def replay(model: BlockDiffusionLM) -> np.ndarray:
+def replay(model: BlockDiffusionLM, **settings: bool) -> np.ndarray:
     """Distance of recorded from replayed log-probs, every token of every rule."""
     errors = []
     for rule in RULES:
-        found = TorchEngine(model).generate(requests_for(model), rule)
+        found = TorchEngine(model, **settings).generate(requests_for(model), rule)  # type: ignore[arg-type]
         for batch in _batches(model, found, rule.block_size):
             layout = make_layout(batch, model.dtype)
             new, _ = model(batch.ids, batch.positions, layout, batch.index, batch.targets, rule.temperature or 1.0)
@@ -150,23 +172,22 @@ def gradient_difference(model: BlockDiffusionLM) -> float:
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
 
-def weights_in_flight(model: BlockDiffusionLM, *, cuda_graphs: bool = False) -> bool:
-    """The same weights under a new version, in mid-sequence, change no token."""
+def tokens_that_differ_in_flight(model: BlockDiffusionLM, **settings: bool) -> int:
+    """Where the same weights come under a new version in mid-sequence; all where no sequence met it."""
     requests, rule = requests_for(model), replace(RULES[0], stop_ids=())
     expected = TorchEngine(model).generate(requests, rule)
+    differ = 0
     for policy in ("recompute", "keep"):
-        engine = TorchEngine(model, cache_update=policy, cuda_graphs=cuda_graphs)  # type: ignore[arg-type]
+        engine = TorchEngine(model, cache_update=policy, **settings)  # type: ignore[arg-type]
         stream = engine.stream([replace(r, max_new_tokens=8 * i + 8) for i, r in enumerate(requests)], rule)
         found = [next(stream)]
         engine.load_weights(flatten(model), 1)
         found += stream
+        met = any(1 in t.weight_versions for t in found)
         for trajectory in found:
-            whole = expected[trajectory.group_id].token_ids
-            if (trajectory.token_ids != whole[: len(trajectory.token_ids)]).any():
-                return False
-        if not any(1 in t.weight_versions for t in found):
-            return False
-    return True
+            ids, whole = trajectory.token_ids, expected[trajectory.group_id].token_ids
+            differ += int((ids != whole[: len(ids)]).sum()) if met else len(ids)
+    return differ
 
 
 if __name__ == "__main__":

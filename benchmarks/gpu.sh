@@ -11,16 +11,18 @@ mkdir -p "$out" || exit
 shift || true
 wanted=" ${*:-checks rollout learner} "
 failed=()
-measure() { # NAME [arguments]
-  local name=$1
-  shift
-  [[ $wanted == *" $name "* ]] || return 0
-  "${PYTHON:-python}" -m "benchmarks.$name" --device cuda --out "$out/${name}_gpu.json" "$@" || failed+=("$name")
+measure() { # MODULE RESULT [arguments]
+  local module=$1 result=$2
+  shift 2
+  [[ $wanted == *" $module "* ]] || return 0
+  "${PYTHON:-python}" -m "benchmarks.$module" --device cuda --out "$out/${result}_gpu.json" "$@" || failed+=("$result")
 }
-measure checks
-measure rollout --model sdar-4b --blocks 4 16 32 --schedules static --steps 4 --prompts 256 --prompt 128 \
-  --new-tokens 256 --lengths fixed --max-batch 128 --cache-gb 40 --repeats 2 --only-engine --cuda-graphs
-measure learner --model sdar-1.7b --blocks 4 16 32 --samples 4 --new-tokens 1024 --micro-batch-tokens 8192 --repeats 1
+decode=(--model sdar-4b --blocks 4 16 32 --schedules static --steps 4 --prompts 256 --prompt 128 --new-tokens 256
+  --lengths fixed --max-batch 128 --cache-gb 40 --repeats 2 --only-engine)
+measure checks checks
+measure rollout rollout "${decode[@]}" --cuda-graphs
+measure rollout rollout_kernels "${decode[@]}" --cuda-graphs --triton-kernels
+measure learner learner --model sdar-1.7b --blocks 4 16 32 --samples 4 --new-tokens 1024 --micro-batch-tokens 8192 --repeats 1
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
   exit 1

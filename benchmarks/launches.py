@@ -4,8 +4,8 @@
 
 The pass runs on PyTorch's ``meta`` device, where every operation is seen and nothing is computed. All rows denoise, or
 all commit a block as well; ``even`` as in a static schedule, or padded in attention. ``modules`` is the same pass
-through transformers' modules, ``decoder`` the engine's own. An operation that is no view counts as one kernel and moves
-its operands and results once; of what it only indexes, what it takes.
+through transformers' modules, ``decoder`` the engine's own, ``kernels`` that with actors.kernels. An operation that is
+no view counts as one kernel and moves its operands and results once; of what it only indexes, what it takes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.decoder import Decoder
-from actors.kv_cache import FixedLayout, FixedTensors, KVCache
+from actors.kv_cache import FixedLayout, FixedTensors, FusedLayout, KVCache
 from benchmarks.shapes import SHAPES, random_model
+from tstar_ray.model import Layout
 
 META = torch.device("meta")
 
@@ -46,7 +47,10 @@ class Launches(TorchDispatchMode):
             self.bytes += 2 * found.nbytes
         elif name == "index_put_":
             self.bytes += 2 * args[2].nbytes
+        elif name == "store_":
+            self.bytes += 2 * (args[2].nbytes + args[3].nbytes)
         else:
+            results = [args[0]] if found is None else results
             self.bytes += sum(_held(x) for x in (*args, *(kwargs or {}).values(), *results))
         if name in ("linear", "addmm_"):
             x, weight = args[:2] if name == "linear" else args[1:3]
@@ -77,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     arguments = parser.parse_args(argv)
     results = [
-        measure(arguments, own=own, commits=commits, even=even)
+        measure(arguments, layers=layers, commits=commits, even=even)
         for commits in (False, True)
-        for own, even in ((False, False), (True, False), (True, True))
+        for layers in ("modules", "decoder", "kernels")
+        for even in (False, True)
     ]
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
     text = json.dumps(
@@ -91,23 +96,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @torch.inference_mode()
-def measure(arguments: argparse.Namespace, *, own: bool, commits: bool, even: bool) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, *, layers: str, commits: bool, even: bool) -> dict[str, Any]:
     """One pass up to the final hidden states; LM head and draw are not recorded."""
     model = random_model(SHAPES[arguments.model], device=META, dtype=torch.bfloat16, seed=0)
     rows, queries = arguments.rows, arguments.block * (2 if commits else 1)
-    cache, decoder = KVCache(model.hf.config, dtype=model.dtype, device=META), Decoder(model)
+    cache = KVCache(model.hf.config, dtype=model.dtype, device=META)
+    decoder = Decoder(model, fused=layers == "kernels")
     cache.resize(rows, arguments.keys, kept=0)
     tokens = torch.empty(rows * queries, dtype=torch.long, device=META)
     at = FixedTensors(tokens, tokens, None if even else tokens, tokens.view(rows, queries))
     with Launches() as seen:
-        layout = FixedLayout(cache, at, groups=decoder.groups, keys=arguments.keys, small=False)
-        if own:
-            decoder.hidden(tokens, tokens, layout)
+        layout: Layout
+        if decoder.fused:
+            layout = FusedLayout(cache, at)
         else:
+            layout = FixedLayout(cache, at, groups=decoder.groups, keys=arguments.keys, small=False)
+        if layers == "modules":
             model.hidden(tokens[None], tokens[None], layout)
+        else:
+            decoder.hidden(tokens, tokens, layout)
     return {
         "pass": "commit and denoise" if commits else "denoise",
-        "layers": "decoder" if own else "modules",
+        "layers": layers,
         "even": even,
         "kernels": seen.kernels.total(),
         "gib": seen.bytes / 2**30,

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="vllm: measure that one too")
     parser.add_argument("--cache-gb", type=float, default=4.0)
     parser.add_argument("--cuda-graphs", action="store_true", help="continuous batching with actors.cuda_graphs too")
+    parser.add_argument("--triton-kernels", action="store_true", help="and with actors.triton_kernels (needs a GPU)")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, for its share (H200, bf16)")
     parser.add_argument("--peak-gbps", type=float, default=4800.0, help="of its memory (H200)")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
@@ -114,19 +115,22 @@ def compare(model: BlockDiffusionLM, arguments: argparse.Namespace, block: int, 
         )
         row: dict = {"max_batch": size, "continuous": median(functools.partial(engine, at_once=len(requests)))}
         others = {}
-        if arguments.cuda_graphs:
-            graphs = TorchEngine(model, max_batch=size, cache_gb=cache_gb, cuda_graphs=True)
-            again = functools.partial(measure, model, requests, decoding, lambda e=graphs: e, at_once=len(requests))
+        recorded = ["graphs"] * arguments.cuda_graphs + ["kernels"] * arguments.triton_kernels
+        for name in recorded:
+            made = TorchEngine(
+                model, max_batch=size, cache_gb=cache_gb, cuda_graphs=True, triton_kernels=name == "kernels"
+            )
+            again = functools.partial(measure, model, requests, decoding, lambda e=made: e, at_once=len(requests))
             again()  # shapes are recorded
-            row["graphs"] = median(again)
-            row["graphs_times_faster"] = row["graphs"]["tokens_per_s"] / row["continuous"]["tokens_per_s"]
-            graphs.sleep()
+            row[name] = median(again)
+            row[f"{name}_times_faster"] = row[name]["tokens_per_s"] / row["continuous"]["tokens_per_s"]
+            made.sleep()
         if not arguments.only_engine:
             row["static"] = median(functools.partial(engine, at_once=size, to_the_longest=True))
             row["shrinking"] = median(functools.partial(engine, at_once=size))
             others = {"plain": found["plain"], "static": row["static"], "shrinking": row["shrinking"]}
         if model.device.type == "cuda":
-            for run in [row["continuous"], *([row["graphs"]] if arguments.cuda_graphs else [])]:
+            for run in (row["continuous"], *(row[name] for name in recorded)):
                 run["roofline"] = roofline(model, requests, run, arguments)
         if arguments.engine == "vllm":
             with served_by_vllm(model, block, size, arguments) as vllm:

@@ -16,6 +16,14 @@ from tstar_ray.weights import flatten
 MiB = 2**-10
 DYNAMIC = Decoding(block_size=4, max_new_tokens=24, stop_ids=(7, 11), threshold=0.12)
 NO_STOP = replace(DYNAMIC, stop_ids=())
+RULES = [
+    DYNAMIC,
+    replace(NO_STOP, block_size=8, temperature=0.0),
+    replace(NO_STOP, block_size=2, temperature=0.7, top_k=20, top_p=0.9),
+    replace(NO_STOP, block_size=16, strategy="entropy", entropy_bound=3.0),
+    replace(NO_STOP, block_size=4, strategy="static", denoising_steps=2, order="random"),
+    replace(NO_STOP, block_size=8, strategy="sequential", confidence="sampled", temperature=1.3, top_k=9),
+]
 
 
 def assert_equal(trajectory, request, twin, model, decoding, *, atol=1e-5):

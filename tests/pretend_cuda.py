@@ -92,7 +92,8 @@ class Graph:
         """Record an operation; its results hold nothing yet."""
         written = [a for name, a in _named(func, args, kwargs).items() if _writes(func, name)]
         if written and not all(self.owns(a) for a in written):
-            found = written[0] if len(written) == 1 else tuple(written)
+            found = tuple(written[: len(func._schema.returns)])
+            found = found[0] if len(found) == 1 else found or None
         else:
             found = func(*args, **kwargs)
             known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}

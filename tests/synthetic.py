@@ -32,6 +32,16 @@ def make_model(seed: int = 0) -> BlockDiffusionLM:
     return BlockDiffusionLM(hf.eval(), mask_id=MASK_ID, token_limit=62).eval()
 
 
+def make_qwen() -> BlockDiffusionLM:
+    """The same shape, with norms that are not all ones."""
+    model = make_model(seed=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model
+
+
 def make_llama() -> BlockDiffusionLM:
     """A random three-layer Llama of the same vocabulary, with a bias in every linear map of a layer."""
     torch.manual_seed(1)

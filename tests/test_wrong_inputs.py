@@ -7,6 +7,7 @@ import pytest
 import yaml
 from trainers import make_groups
 
+from actors import kernels
 from tstar_ray import evaluate, run
 from tstar_ray.traces import Origin, write_traces
 
@@ -122,6 +123,13 @@ def test_a_mistake_is_named_with_its_remedy(place, tmp_path, capsys, given, told
     settings += [f"{key}={value}" for key, value in defaults.items() if not any(s.startswith(key) for s in settings)]
     assert run.main(settings) == 2
     assert_named(place, capsys, told)
+
+
+def test_kernels_without_triton_are_named_with_their_remedy(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    settings = ["actors.gpus=1", "actors.cuda_graphs=true", "actors.triton_kernels=true", "model.dtype=float32"]
+    assert run.main([*settings, f"run.dir={tmp_path}", "run.name=new"]) == 2
+    assert_named(place, capsys, "actors.triton_kernels=true: Triton is not installed")
 
 
 OF_EVALUATIONS = [

@@ -43,6 +43,9 @@ class ActorsConfig(Section):
     cuda_graphs: bool = False
     """Record denoising passes of the torch engine as CUDA graphs, which spares the host their launches. Has not
     run on a GPU yet."""
+    triton_kernels: bool = False
+    """Compute what stands between the matrix products of recorded passes with Triton kernels, about half as many
+    launches. Has not run on a GPU yet."""
     gpus: float = Field(0, ge=0)
     """GPUs an actor takes."""
     cpus: float = Field(1, gt=0)
@@ -75,6 +78,11 @@ class ActorsConfig(Section):
         if self.cuda_graphs and not self.gpus:
             raise ValueError(
                 "actors.cuda_graphs=true needs a GPU, but actors.gpus=0; set actors.gpus=1 or leave it out"
+            )
+        if self.triton_kernels and not self.cuda_graphs:
+            raise ValueError(
+                "actors.triton_kernels=true is for recorded passes, and actors.cuda_graphs=false; set "
+                "actors.cuda_graphs=true or leave it out"
             )
         return self
 

@@ -4,23 +4,12 @@ import copy
 
 import pytest
 import torch
-from synthetic import make_llama, make_model, save_model
+from synthetic import make_llama, make_qwen, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.decoder import Decoder
-from tstar_ray.model import BlockDiffusionLM, TrainLayout, load_checkpoint
+from tstar_ray.model import TrainLayout, load_checkpoint
 from tstar_ray.weights import flatten, load_flat
-
-
-def make_qwen() -> BlockDiffusionLM:
-    """With norms that are not all ones."""
-    model = make_model(seed=4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(torch.rand_like(parameter) + 0.5)
-    return model
-
 
 MODELS = pytest.mark.parametrize("make", [make_qwen, make_llama])
 

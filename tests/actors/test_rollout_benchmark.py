@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pretend_cuda import CUDA, PretendCuda
 
-from benchmarks import launches, rollout, shapes
+from benchmarks import checks, launches, rollout, shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,11 +49,14 @@ def test_kernels_of_a_pass_are_counted_and_its_products_add_up(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     hidden, layers, heads, kv_heads, dim, mlp, _ = shapes.SHAPES["8M"]
     weights = layers * hidden * (2 * (heads + kv_heads) * dim + 3 * mlp)
-    for modules, padded, even, tokens in ((*found[:3], 64), (*found[3:], 128)):
+    for runs, tokens in ((found[:6], 64), (found[6:], 128)):
+        modules, _, padded, even, kernels, even_kernels = runs
         assert modules["kernels"] > 1.4 * padded["kernels"]
         assert padded["kernels"] == even["kernels"] + 3 * layers, "queries are not padded, and results not picked"
-        assert modules["gib"] > padded["gib"] > even["gib"] > 2 * weights / 2**30
-        assert {round(run["tflop"] * 1e12) for run in (modules, padded, even)} == {2 * weights * tokens}
+        assert padded["kernels"] >= kernels["kernels"] + 11 * layers
+        assert even["kernels"] >= even_kernels["kernels"] + 9 * layers
+        assert modules["gib"] > padded["gib"] > even["gib"] > even_kernels["gib"] > 2 * weights / 2**30
+        assert {round(run["tflop"] * 1e12) for run in runs} == {2 * weights * tokens}
 
 
 def test_what_fails_on_a_gpu_is_named_and_the_others_are_measured(tmp_path):
@@ -67,4 +70,14 @@ def test_what_fails_on_a_gpu_is_named_and_the_others_are_measured(tmp_path):
         text=True,
     )
     assert (found.returncode, found.stderr) == (1, "failed: checks\n")
-    assert (tmp_path / "log").read_text().split() == ["benchmarks.checks", "benchmarks.rollout", "benchmarks.learner"]
+    assert (tmp_path / "log").read_text().split() == [
+        "benchmarks.checks",
+        "benchmarks.rollout",
+        "benchmarks.rollout",
+        "benchmarks.learner",
+    ]
+    assert checks.run(0, lambda: 0) == {"found": 0, "bound": 0, "holds": True}
+    assert not checks.run(0, lambda: 1)["holds"]
+    result = checks.run(0, lambda: 1 // 0)
+    assert not result["holds"]
+    assert "ZeroDivisionError" in result["error"]

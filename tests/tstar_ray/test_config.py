@@ -161,6 +161,10 @@ def test_a_mistake_is_answered_with_value_and_remedy(setting, message):
             ["actors.cuda_graphs=true", "actors.engine=vllm", "actors.gpus=1"],
             "is a setting of actors.engine=torch, and the engine is vllm",
         ),
+        (
+            ["actors.triton_kernels=true", "actors.gpus=1"],
+            "actors.triton_kernels=true is for recorded passes, and actors.cuda_graphs=false; set actors.cuda_graphs",
+        ),
         (["learner.offload=all", "learner.zero_stage=2"], "offload=all needs zero_stage=3, not 2"),
     ],
 )
